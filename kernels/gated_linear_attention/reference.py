@@ -1,0 +1,33 @@
+"""The recurrence as printed, a step per token: the oracle of every other form."""
+
+import torch
+from torch import Tensor, einsum
+
+from statezoo.kernels._dispatch import accumulator
+from statezoo.kernels._varlen import check_bounds
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S: Tensor, cu: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence; shapes as in the op, ``S`` given, differentiable by autograd."""
+    if cu is not None:
+        check_bounds(cu, q.shape[1])
+        bounds = cu.tolist()
+        parts = [
+            run(*(x if x is None else x[:, a:b] for x in (q, k, v, g)), scale, S[i : i + 1], None)
+            for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+        ]
+        return torch.cat([o for o, _ in parts], 1), torch.cat([S for _, S in parts])
+    out, dtype = [], accumulator(q, k, v, g, S)
+    repeat = v.shape[2] // q.shape[2]
+    q, k = (x.to(dtype).repeat_interleave(repeat, 2) for x in (q, k))
+    S = S.to(dtype)
+    for t in range(q.shape[1]):
+        if g is not None:
+            decay = g[:, t].to(dtype).exp()
+            S = S * (decay[..., None, None] if g.ndim == 3 else decay[..., None])
+        S = S + einsum("bhk,bhv->bhkv", k[:, t], v[:, t].to(dtype))
+        out.append(scale * einsum("bhk,bhkv->bhv", q[:, t], S))
+    o = torch.stack(out, 1) if out else v.new_zeros(v.shape, dtype=dtype)
+    return o.to(v.dtype), S

@@ -1,0 +1,1 @@
+"""Sequence models with a fixed-size recurrent state, as PyTorch Lightning modules."""
