@@ -1,12 +1,11 @@
 """Additive key-value memory with decay: linear attention, RetNet, Mamba-2 (SSD), GLA, HGRN2."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from statezoo.kernels._dispatch import Backend, accumulator, resolve
 from statezoo.kernels._varlen import check_packing, check_state, n_sequences
-from statezoo.kernels.gated_linear_attention import chunked, reference
+from statezoo.kernels.gated_linear_attention import _op, reference
 
 __all__ = ["gated_linear_attention"]
 
@@ -69,7 +68,7 @@ def gated_linear_attention(
     name = resolve(backend, q)
     if name == "reference":
         return reference.run(q, k, v, g, scale, S0, cu_seqlens)
-    o, S, _ = torch.ops.statezoo.gated_linear_attention(q, k, v, g, scale, S0, cu_seqlens, name)
+    o, S, _ = _op.op(q, k, v, g, scale, S0, cu_seqlens, name)
     return o, S
 
 

@@ -1,0 +1,107 @@
+"""Decay inside a chunk, as sums over the steps between two tokens.
+
+No difference of cumulative sums is ever taken: a gate of -1e4 then costs no digit of its neighbours,
+and no exponent is ever positive.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Decay(NamedTuple):
+    """Log decays of a chunk ``[... C]`` (a gate a head) or ``[... C K]`` (one a channel).
+
+    Attributes:
+        head: From the chunk's start to after token ``i``: ``sum_{t <= i} g_t``.
+        tail: From after token ``j`` to the chunk's end: ``sum_{t > j} g_t``.
+        total: Across the chunk, without the axis ``C``.
+    """
+
+    head: Tensor
+    tail: Tensor
+    total: Tensor
+
+
+def between(g: Tensor) -> Tensor:
+    """Sum gates from after ``j`` to ``i``: ``[... C] -> [... i j]``, -inf above the diagonal."""
+    C = g.shape[-1]
+    later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
+    sums = torch.where(later, g[..., None, :], 0.0).cumsum(-1)  # [... j i]
+    return sums.masked_fill_(later.mT, -torch.inf).mT
+
+
+def of_chunk(g: Tensor, dim: int) -> Decay:
+    """Sum the gates of whole chunks along ``dim``, the axis ``C``."""
+    head = g.cumsum(dim)
+    tail = g.flip(dim).cumsum(dim).flip(dim)
+    tail = torch.cat([tail.narrow(dim, 1, g.shape[dim] - 1), torch.zeros_like(g.narrow(dim, 0, 1))], dim)
+    return Decay(head, tail, head.select(dim, -1))
+
+
+def gate_gradient(at_head: Tensor, at_tail: Tensor, at_total: Tensor, dim: int) -> Tensor:
+    """Turn gradients of :class:`Decay` along ``dim`` into those of the gates."""
+    dg = at_head.flip(dim).cumsum(dim).flip(dim)
+    dg += at_tail.cumsum(dim) - at_tail
+    return dg.add_(at_total.unsqueeze(dim))
+
+
+class Levels:
+    r"""Scores of per-channel gates, :math:`A_{ij} = \sum_k a_{ik} b_{jk} e^{\sum_{j<t\le i} g_{tk}}`.
+
+    The chunk is halved again and again: at each level the rows of every second half meet the columns
+    of the first half before it, both decayed to the boundary between them, so that all is matrix
+    products and every exponent is at most 0. The diagonal is plain.
+
+    Args:
+        g: Gates ``[n G C K]``, ``C`` a power of two.
+    """
+
+    def __init__(self, g: Tensor) -> None:
+        self.C = g.shape[2]
+        self.levels: list[tuple[int, Tensor, Tensor]] = []  # half, row decay, column decay
+        head, tail, half = g, torch.zeros_like(g), 1  # sums inside blocks of `half` tokens
+        while half < self.C:
+            left, right = self._halves(head, half), self._halves(tail, half)
+            self.levels.append((half, left[..., 1, :, :].exp(), right[..., 0, :, :].exp()))
+            first = left[..., 0, -1:, :]
+            second = left[..., 1, -1:, :]
+            head = torch.stack([left[..., 0, :, :], left[..., 1, :, :] + first], -3).view_as(g)
+            tail = torch.stack([right[..., 0, :, :] + second, right[..., 1, :, :]], -3).view_as(g)
+            half *= 2
+        self.decay = Decay(head, tail, head[:, :, -1])
+
+    def scores(self, a: Tensor, b: Tensor) -> Tensor:
+        """Multiply rows ``a`` and columns ``b [n G C K]`` into ``A [n G C C]``, 0 above."""
+        A = a.new_zeros(*a.shape[:2], self.C, self.C)
+        A.diagonal(dim1=-2, dim2=-1).copy_((a * b).sum(-1))
+        for half, row, column in self.levels:
+            rows = self._halves(a, half)[..., 1, :, :] * row
+            columns = self._halves(b, half)[..., 0, :, :] * column
+            self._corner(A, half).copy_(rows @ columns.mT)
+        return A
+
+    def scores_backward(self, dA: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return ``da, db``; the gates' part is ``cumulated a * da - b * db`` (see the callers)."""
+        diagonal = dA.diagonal(dim1=-2, dim2=-1)[..., None]
+        da, db = diagonal * b, diagonal * a
+        for half, row, column in self.levels:
+            corner = self._corner(dA, half)
+            rows = self._halves(a, half)[..., 1, :, :] * row
+            columns = self._halves(b, half)[..., 0, :, :] * column
+            self._halves(da, half)[..., 1, :, :].addcmul_(corner @ columns, row)
+            self._halves(db, half)[..., 0, :, :].addcmul_(corner.mT @ rows, column)
+        return da, db
+
+    @staticmethod
+    def _halves(x: Tensor, half: int) -> Tensor:
+        """View ``[n G C K]`` as ``[n G blocks 2 half K]``."""
+        return x.unflatten(2, (-1, 2, half))
+
+    @staticmethod
+    def _corner(A: Tensor, half: int) -> Tensor:
+        """View the lower left corners ``[n G blocks half half]`` of the diagonal blocks of ``A``."""
+        n, G, C, _ = A.shape
+        blocks = A.view(n, G, C // (2 * half), 2, half, C // (2 * half), 2, half)
+        return blocks[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)
