@@ -18,7 +18,7 @@ from statezoo.kernels import _decay
 from statezoo.kernels._varlen import Chunks, chunk_size, n_sequences
 from statezoo.kernels.gated_linear_attention import reference
 
-SPAN = 4096  # tokens x lanes worked on at once: intermediate results stay in the cache
+SPAN = 2048  # tokens x lanes worked on at once: intermediate results stay in the cache
 
 
 class _Call(NamedTuple):
