@@ -79,9 +79,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
             "gated_linear_attention needs q, k [B T H K] and v [B T Hv V] with equal B and T, and Hv "
             f"a multiple of H; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
-    gates = (v.shape[:3], (*v.shape[:3], q.shape[-1]))
-    if g is not None and tuple(g.shape) not in gates:
+    if g is not None and (g.shape[:3] != v.shape[:3] or g.shape[3:] not in ((), (q.shape[-1],))):
         raise ValueError(
-            f"gated_linear_attention needs g {tuple(gates[0])} or {tuple(gates[1])}, got "
-            f"{tuple(g.shape)}."
+            "gated_linear_attention needs g [B T Hv] or [B T Hv K] beside q "
+            f"{tuple(q.shape)} and v {tuple(v.shape)}, got {tuple(g.shape)}."
         )

@@ -1,0 +1,39 @@
+"""Imports point one way: kernels <- zoo <- lightning_modules <- statezoo; datamodules know no model."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "zoo": {"kernels", "zoo"},
+    "datamodules": {"datamodules"},
+    "lightning_modules": {"kernels", "zoo", "lightning_modules", "hub"},
+}
+FILES = [f for folder in MAY_IMPORT for f in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def own_imports(file: Path) -> set[str]:
+    """The parts of statezoo that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name.split(".")[1] for name in found if name.startswith("statezoo.")}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_point_one_way(file):
+    layer = file.relative_to(ROOT).parts[0]
+    wrong = own_imports(file) - MAY_IMPORT[layer]
+    assert not wrong, f"{layer} must not import {wrong}"
+
+
+def test_every_layer_was_read():
+    assert len(FILES) > 20
+    assert "kernels" in own_imports(ROOT / "zoo" / "gla.py")
