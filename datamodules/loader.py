@@ -1,0 +1,155 @@
+"""A loader that can be put back to any position of any epoch.
+
+The order is a pure function of seed, epoch and position, so a checkpoint needs to hold one number
+and a resumed run reads the very batches that the interrupted one had not read yet, whatever the
+number of workers before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from statezoo.datamodules.batch import Batch
+from statezoo.datamodules.packing import Windows
+
+__all__ = ["SeekableLoader"]
+
+Index = tuple[int, list[int]]
+
+
+class _Remaining:
+    """Indices of the batches from the loader's position to the end of its pass."""
+
+    def __init__(self, loader: SeekableLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Index]:
+        for n in range(self.loader.done, self.loader.pass_end):
+            yield self.loader.index(n)
+
+    def __len__(self) -> int:
+        return self.loader.pass_end - self.loader.done
+
+
+class SeekableLoader:
+    """Batches of windows, resumable in the middle of an epoch.
+
+    Lightning saves ``state_dict`` with each checkpoint and puts it back on resume. The state
+    counts a batch as read when it is handed out; workers read ahead without changing it. A shuffled
+    loader goes on where its last pass stopped, an unshuffled one begins each pass at the first
+    batch, unless a state was put back just before.
+
+    Args:
+        windows: The split to read.
+        batch_size: Windows per batch and process.
+        shuffle: Draw a new order of windows, and new window bounds, each epoch.
+        seed: Seeds the orders; an epoch's order depends on ``seed`` and its number only.
+        num_workers: Processes that read ahead; 0 reads in this one.
+        rank: Number of this process among those that share each batch.
+        world_size: How many those are. Windows missing from the last batch of a shuffled epoch
+            are taken from its beginning; otherwise they are windows without scored targets.
+        epoch: Epoch to begin with.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"SeekableLoader needs batch_size of at least 1, got {batch_size}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(
+                f"SeekableLoader needs 0 <= rank < world_size={world_size}, got rank={rank}."
+            )
+        self.windows, self.batch_size = windows, batch_size
+        self.shuffle, self.seed = shuffle, seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch_length = -(-len(windows) // (batch_size * world_size))
+        self.length = self.epoch_length
+        self.done = epoch * self.epoch_length
+        """Batches handed out since the run began."""
+        self.pass_end = self.done
+        self._resumed = False
+        self._order: tuple[int, int, list[int]] | None = None
+        self._loader: DataLoader[Batch] = DataLoader(
+            windows,  # type: ignore[arg-type]  # indexed by pairs, not by numbers
+            batch_size=None,
+            sampler=_Remaining(self),  # type: ignore[arg-type]
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
+        )
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Batch]:
+        if not (self._resumed and self.done < self.pass_end):
+            self.done = self.done if self.shuffle else 0
+            self.pass_end = self.done + self.length
+        self._resumed = False
+        for batch in self._loader:
+            self.done += 1
+            yield batch
+
+    def limit(self, batches: float) -> None:
+        """End each pass after so many batches (float: part of the epoch); the next goes on there.
+
+        Takes what ``Trainer(limit_train_batches=...)`` takes, so that a pass that Lightning cuts
+        short is a whole one here and resumes right.
+        """
+        asked = int(batches * self.epoch_length) if isinstance(batches, float) else batches
+        self.length = min(asked, self.epoch_length)
+
+    def index(self, n: int) -> Index:
+        """Shift and windows of this process's part of batch ``n``, counted from the first epoch."""
+        epoch, position = divmod(n, self.epoch_length)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, *self._epoch_order(epoch))
+        _, shift, order = self._order
+        size = self.batch_size * self.world_size
+        return shift, order[position * size : (position + 1) * size][self.rank :: self.world_size]
+
+    def _epoch_order(self, epoch: int) -> tuple[int, list[int]]:
+        """Where the stream begins in this epoch, and its windows in reading order."""
+        count, shift, order = len(self.windows), 0, range(len(self.windows))
+        missing = -count % self.world_size
+        if not self.shuffle:
+            return shift, [*order, *[-1] * missing]
+        rng = np.random.default_rng([self.seed, epoch])
+        shift = int(rng.integers(self.windows.size))
+        shuffled: list[int] = rng.permutation(count).tolist()
+        return shift, shuffled + (shuffled * missing)[:missing]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position as plain numbers, the same on every rank."""
+        return {"done": self.done, "pass_end": self.pass_end, "epoch_length": self.epoch_length}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the batches that ``state`` counts as read.
+
+        Raises:
+            ValueError: If the data or the batch size are not those of the saved run.
+        """
+        if state["epoch_length"] != self.epoch_length:
+            raise ValueError(
+                f"The checkpoint was made with {state['epoch_length']} batches per epoch, now there "
+                f"are {self.epoch_length}: resume with the same data, seq_len, batch_size and number "
+                "of processes, or start a new run from the checkpoint's weights."
+            )
+        self.done, self.pass_end = state["done"], state["pass_end"]
+        self._resumed = True

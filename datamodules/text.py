@@ -1,0 +1,248 @@
+"""Text of any kind as batches of tokens, with a validation split and its baselines."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+
+from statezoo.datamodules.corpus import SPLITS, RawText, Tokens, read_text, tokenize
+from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.packing import Windows
+from statezoo.datamodules.readers import source_for
+from statezoo.datamodules.splitting import split_text
+from statezoo.datamodules.tokenizers import Characters, Tokenizer, load_tokenizer
+
+__all__ = ["Text"]
+
+log = logging.getLogger(__name__)
+
+
+class Text(LightningDataModule):
+    """Text for next-token prediction: the embedded default, your files, or a dataset.
+
+    Every token of a split is a target exactly once per epoch. The first token of a document is
+    predicted from ``tokenizer.bos_id``, and batches carry the bytes of their targets, so bits per
+    byte is exact and comparable between tokenizers. Split and order depend on ``seed`` alone.
+
+    Files or sub-folders called ``train``, ``val`` (``valid``, ``validation``, ``dev``) and
+    ``test`` are taken as these splits, and so are the splits of a dataset. Without a test split
+    and with ``test_fraction=0``, the test is run on the validation split.
+
+    Args:
+        path: A .txt, .txt.gz, .jsonl, .jsonl.gz or .parquet file, a folder of these (with
+            sub-folders), a folder written by ``Dataset.save_to_disk``, or the name of a Hub
+            dataset, ``org/name`` or ``org/name:config``, which is streamed. Default: the Python
+            language reference that ships with the interpreter.
+        tokenizer: ``bytes``, ``characters``, a ``tokenizer.json``, a folder with one, or a
+            tokenizer on the Hub.
+        seq_len: Tokens per window.
+        batch_size: Windows per batch and process.
+        packing: ``stream`` lets the state run on from one document to the next within a window,
+            ``documents`` resets it: batches then are ``[1, batch_size * seq_len]`` with
+            ``cu_seqlens``.
+        val_fraction: Part of the text to validate on, whole documents where they allow it.
+        test_fraction: Part of the text to test on.
+        val_context: Tokens at the begin of each validation window that repeat the one before and
+            are not scored, so that no token is predicted from a cold start.
+        text_field: Field of .jsonl, .parquet and datasets that holds the text.
+        max_bytes: Stop reading after this much text; default all.
+        seed: Draws the held-out documents and the order of training.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+
+    Raises:
+        ValueError: If a setting is out of range or ``path`` holds nothing that can be read.
+        FileNotFoundError: If ``path`` does not exist.
+    """
+
+    unit = "byte"
+
+    def __init__(
+        self,
+        path: str | None = None,
+        tokenizer: str = "bytes",
+        *,
+        seq_len: int = 256,
+        batch_size: int = 16,
+        packing: Literal["documents", "stream"] = "stream",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        val_context: int = 0,
+        text_field: str = "text",
+        max_bytes: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
+            ("max_bytes", max_bytes, 2),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"Text needs {name} of at least {least}, got {value}.")
+        if packing not in ("documents", "stream"):
+            raise ValueError(f"Text needs packing 'documents' or 'stream', got {packing!r}.")
+        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
+            raise ValueError(
+                "Text needs val_fraction above 0, test_fraction at least 0 and some text left to "
+                f"train on, got val_fraction={val_fraction}, test_fraction={test_fraction}."
+            )
+        if not 0 <= val_context < seq_len:
+            raise ValueError(
+                f"Text needs 0 <= val_context < seq_len={seq_len}, got val_context={val_context}."
+            )
+        self.path, self.text_field, self.max_bytes = path, text_field, max_bytes
+        self.seq_len, self.batch_size, self.packing = seq_len, batch_size, packing
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.val_context, self.seed, self.num_workers = val_context, seed, num_workers
+        self.source = source_for(path, text_field)
+        self._raw: RawText | None = None
+        self._windows: dict[str, Windows] = {}
+        self._tokenizer_name = tokenizer
+        self._tokenizer = None if tokenizer == Characters.kind else load_tokenizer(tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer; that of characters needs to read the text first."""
+        if self._tokenizer is None:
+            raw = self._read()
+            bounds = zip(raw.bounds[:-1], raw.bounds[1:], strict=True)
+            self._tokenizer = Characters.of(raw.text.array[a:b].tobytes() for a, b in bounds)
+        return self._tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    def prepare_data(self) -> None:
+        """Read and tokenise into the cache, once per machine."""
+        self._tokens()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Map the tokens and cut the splits; say what was skipped and why."""
+        if self._windows:
+            return
+        raw = self._read()
+        if self.trainer is None or self.trainer.is_global_zero:
+            self._tell(raw)
+        tokens, labels = self._tokens()
+        segments = np.stack([tokens.bounds[:-1], tokens.bounds[1:]], axis=1)
+        sizes = {
+            name: int(np.diff(segments[labels == number]).sum())
+            for number, name in enumerate(SPLITS)
+        }
+        if not (sizes["train"] and sizes["val"]):
+            raise ValueError(
+                f"{self.source.name} leaves {sizes['train']} tokens to train on and "
+                f"{sizes['val']} to validate on: add text, or change val_fraction."
+            )
+        seq_len = min(self.seq_len, sizes["train"])
+        if seq_len < self.seq_len:
+            log.warning(
+                "%s has only %d tokens to train on: windows are %d long instead of seq_len=%d; "
+                "add text for results that mean something.",
+                self.source.name, sizes["train"], seq_len, self.seq_len,
+            )  # fmt: skip
+        for number, name in enumerate(SPLITS):
+            if sizes[name]:
+                self._windows[name] = Windows(
+                    tokens.ids,
+                    segments[labels == number],
+                    seq_len=seq_len,
+                    bos_id=self.tokenizer.bos_id,
+                    packed=self.packing == "documents",
+                    context=0 if name == "train" else min(self.val_context, seq_len - 1),
+                    lengths=tokens.lengths,
+                )
+
+    def train_dataloader(self) -> SeekableLoader:
+        """Windows in an order of their own each epoch; resumes in the middle of one."""
+        trainer = self.trainer
+        return self._loader(
+            "train",
+            shuffle=trainer is None or not trainer.overfit_batches,
+            epoch=0 if trainer is None else trainer.current_epoch,
+        )
+
+    def val_dataloader(self) -> SeekableLoader:
+        """Windows in the order of the text, each token scored once."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> SeekableLoader:
+        """The test split, or the validation split where there is none."""
+        return self._loader("test" if "test" in self._windows else "val")
+
+    def predict_dataloader(self) -> SeekableLoader:
+        """The same as for the test."""
+        return self.test_dataloader()
+
+    def raw(self, split: Literal["train", "val", "test"]) -> bytes:
+        """The text of a split, its documents end to end, as the model sees it."""
+        raw = self._read()
+        bounds, labels = self._split(raw)
+        pieces = zip(bounds[:-1], bounds[1:], labels, strict=True)
+        return b"".join(
+            raw.text.array[a:b].tobytes() for a, b, label in pieces if SPLITS[label] == split
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokenizer, so that a checkpoint alone can read and write text."""
+        return {"tokenizer": self.tokenizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint was made with the same tokenizer.
+
+        Raises:
+            ValueError: If it was not: its ids would mean other text.
+        """
+        if state_dict["tokenizer"] != self.tokenizer.state_dict():
+            raise ValueError(
+                f"The checkpoint was made with another tokenizer than {self._tokenizer_name!r} "
+                f"(now {self.vocab_size} ids): use the tokenizer of the checkpoint, saved beside "
+                "it or in its export."
+            )
+
+    def _read(self) -> RawText:
+        if self._raw is None:
+            self._raw = read_text(self.source, [self.text_field], self.max_bytes)
+        return self._raw
+
+    def _split(self, raw: RawText) -> tuple[Any, Any]:
+        return split_text(
+            raw, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
+        )
+
+    def _tokens(self) -> tuple[Tokens, Any]:
+        raw = self._read()
+        bounds, labels = self._split(raw)
+        return tokenize(raw, bounds, self.tokenizer), labels
+
+    def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
+        if not self._windows:
+            self.setup()
+        trainer = self.trainer
+        loader = SeekableLoader(
+            self._windows[split],
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            epoch=epoch,
+        )
+        if shuffle and trainer is not None:
+            loader.limit(trainer.limit_train_batches)
+        return loader
+
+    def _tell(self, raw: RawText) -> None:
+        for line in raw.skipped[:20]:
+            log.warning("skipped %s", line)
+        if len(raw.skipped) > 20:
+            log.warning("skipped %d more", len(raw.skipped) - 20)
