@@ -1,1 +1,37 @@
-"""."""
+"""Architectures: one skeleton, and one mixer per file.
+
+Importing this registers the models with transformers' ``AutoConfig`` and ``AutoModel`` classes.
+"""
+
+import importlib
+import pkgutil
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+for _module in pkgutil.iter_modules(
+    __path__
+):  # every file that is there: mixers register themselves
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+from statezoo.zoo.cache import cache_from_tensors, cache_to_tensors, detach, fork
+from statezoo.zoo.config import StateZooConfig
+from statezoo.zoo.mixer import MIXERS, Mixer, build_mixer, mixer_settings
+from statezoo.zoo.model import StateZooForCausalLM, StateZooModel
+
+__all__ = [
+    "MIXERS",
+    "Mixer",
+    "StateZooConfig",
+    "StateZooForCausalLM",
+    "StateZooModel",
+    "build_mixer",
+    "cache_from_tensors",
+    "cache_to_tensors",
+    "detach",
+    "fork",
+    "mixer_settings",
+]
+
+AutoConfig.register("statezoo", StateZooConfig, exist_ok=True)
+AutoModel.register(StateZooConfig, StateZooModel, exist_ok=True)
+AutoModelForCausalLM.register(StateZooConfig, StateZooForCausalLM, exist_ok=True)

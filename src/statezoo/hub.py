@@ -1,0 +1,133 @@
+"""Models by name, by folder and from the Hub; nothing heavy is imported before it is needed."""
+
+import ast
+import sys
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from statezoo.zoo import StateZooForCausalLM
+
+ALIASES = {"transformer": "attention"}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """List the names that :func:`create_model` takes.
+
+    Args:
+        pattern: Only names that match it, with ``*`` and ``?`` as on the command line.
+
+    Example:
+        >>> list_models("gl*")
+        ['gla']
+    """
+    names = {*ALIASES, "hybrid"} | _mixer_names() - set(ALIASES.values())
+    return sorted(name for name in names if fnmatchcase(name, pattern))
+
+
+def create_model(name: str, **settings: Any) -> "StateZooForCausalLM":
+    """Make a model with fresh weights.
+
+    Args:
+        name: A mixer for all layers (see :func:`list_models`), ``"transformer"`` (softmax
+            attention), or ``"hybrid"``, which needs ``mixers=[...]``, cycled over the layers.
+        **settings: Keys of ``StateZooConfig`` and settings of the mixer, side by side.
+
+    Raises:
+        ValueError: If the name or a setting is unknown.
+        TypeError: If a value has the wrong type.
+
+    Example:
+        >>> create_model("gla", d_model=256, n_layers=4, vocab_size=256, n_heads=2)
+        >>> create_model("hybrid", mixers=["gla", "gla", {"name": "attention", "window": 128}])
+    """
+    from statezoo.zoo import MIXERS, StateZooConfig, StateZooForCausalLM, mixer_settings
+
+    if name == "hybrid":
+        if "mixers" not in settings:
+            raise ValueError("hybrid needs its mixers, e.g. mixers=['gla', 'gla', 'attention'].")
+        return StateZooForCausalLM(StateZooConfig(**settings))
+    mixer = ALIASES.get(name, name)
+    if mixer not in MIXERS:
+        known = sorted({*MIXERS, *ALIASES, "hybrid"})
+        raise ValueError(
+            f"no model named {name!r}{_near(name, known)}; there are {', '.join(known)}."
+        )
+    own = mixer_settings(mixer)
+    keys = {*StateZooConfig.__annotations__} - {"mixers", "model_type", "attribute_map"}
+    for key in settings:
+        if key not in own and key not in keys:
+            raise ValueError(f"{name} has no setting {key!r}{_near(key, [*own, *keys])}.")
+    entry = {"name": mixer} | {key: value for key, value in settings.items() if key in own}
+    rest = {key: value for key, value in settings.items() if key not in own}
+    return StateZooForCausalLM(StateZooConfig(mixers=[entry], **rest))
+
+
+def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
+    """Load a model from a folder or from the Hub; safetensors alone, and no code from there.
+
+    Args:
+        path_or_id: A folder with ``config.json`` and ``model.safetensors``, or a Hub id
+            ``"owner/name"``.
+        **kwargs: Further arguments of ``from_pretrained``, such as ``dtype`` or ``revision``.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no model in it.
+        ValueError: If it is not a statezoo model, or a tensor is missing, left over or of the wrong
+            shape.
+    """
+    from statezoo.zoo import StateZooConfig, StateZooForCausalLM
+
+    place = Path(path_or_id)
+    if place.is_dir():
+        _check_folder(place)
+    elif place.exists() or len(place.parts) > 2 or place.is_absolute() or str(place)[:1] in ".~":
+        raise FileNotFoundError(f"{place} is not a folder, and no Hub id is written like this.")
+    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if key in kwargs}
+    kind = StateZooConfig.get_config_dict(str(place), **hub)[0].get("model_type")
+    if kind != "statezoo":
+        raise ValueError(
+            f"{place} holds a model of type {kind!r}, not 'statezoo': load it with transformers, or "
+            "convert it first."
+        )
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError("load executes no code from a checkpoint; leave trust_remote_code out.")
+    net: StateZooForCausalLM = StateZooForCausalLM.from_pretrained(
+        str(place), use_safetensors=True, **kwargs
+    )
+    return net
+
+
+def _check_folder(folder: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        sharded = (folder / f"{name}.index.json").exists()
+        if not (folder / name).exists() and not sharded:
+            raise FileNotFoundError(
+                f"{folder} has no {name}: a model folder is what save_pretrained(folder) writes."
+            )
+
+
+def _mixer_names() -> set[str]:
+    """Find the files of zoo/ that define a mixer, without importing them."""
+    if "statezoo.zoo" in sys.modules:
+        return set(sys.modules["statezoo.zoo"].MIXERS)
+    spec = find_spec("statezoo.zoo")
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return {
+        file.stem
+        for folder in folders
+        for file in Path(folder).glob("*.py")
+        if any(
+            isinstance(node, ast.ClassDef)
+            and any(isinstance(base, ast.Name) and base.id == "Mixer" for base in node.bases)
+            for node in ast.parse(file.read_text(encoding="utf-8")).body
+        )
+    }
+
+
+def _near(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, 1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

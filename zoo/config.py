@@ -1,0 +1,114 @@
+"""The configuration of a model: plain data, strict about names and types."""
+
+from dataclasses import field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from statezoo.zoo.cache import LAYER_TYPE
+from statezoo.zoo.channel import CHANNELS
+from statezoo.zoo.mixer import resolve_mixer
+from statezoo.zoo.settings import check_type, resolve, suggestion
+
+FROM_TRANSFORMERS = {  # what transformers itself passes, or writes to config.json
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+}
+
+
+class StateZooConfig(PreTrainedConfig):
+    """Sizes of a model and the settings of its parts.
+
+    Args:
+        vocab_size: Number of tokens.
+        d_model: Width of the stream.
+        n_layers: Number of blocks.
+        mixers: Mixers, each a name or a mapping of ``name`` and settings, cycled over the layers:
+            one for all, or a pattern, or one per layer. Stored with all settings written out.
+        channel: Channel mixer of every block, in the same form; ``None`` for none.
+        norm_eps: Added under the root of the norms between the parts.
+        tie_embeddings: Whether the head shares the embedding's weight.
+        initializer_range: Standard deviation of initial weights.
+        bos_token_id: First token of a text, if there is one.
+        eos_token_id: Token (or tokens) that ends a text, if there is one.
+        pad_token_id: Padding, if there is one.
+
+    Raises:
+        ValueError: If a key is unknown or a value out of range.
+        TypeError: If a value has the wrong type.
+    """
+
+    model_type: ClassVar[str] = "statezoo"
+    attribute_map: ClassVar[dict[str, str]] = {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "tie_word_embeddings": "tie_embeddings",
+    }
+
+    vocab_size: int = 256
+    d_model: int = 256
+    n_layers: int = 4
+    mixers: list[Any] = field(default_factory=lambda: ["gla"])
+    channel: Any = "swiglu"
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check names and types, and write out all settings."""
+        own = [
+            key
+            for key in StateZooConfig.__annotations__
+            if key not in ("model_type", "attribute_map")
+        ]
+        for key in kwargs:
+            if key not in FROM_TRANSFORMERS and not key.startswith("_"):
+                other = self.attribute_map.get(key)
+                hint = f" (did you mean {other!r}?)" if other else suggestion(key, own)
+                raise ValueError(f"StateZooConfig has no key {key!r}{hint}.")
+        self.resolve()
+        super().__post_init__(**kwargs)
+
+    def resolve(self) -> None:
+        """Check all values again, and write out the settings of all parts.
+
+        Raises:
+            ValueError: If a name is unknown or a value out of range.
+            TypeError: If a value has the wrong type.
+        """
+        for key, kind in StateZooConfig.__annotations__.items():
+            if key not in ("model_type", "attribute_map"):
+                setattr(self, key, check_type(key, getattr(self, key), kind))
+        for key in ("vocab_size", "d_model", "n_layers"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}.")
+        if not 1 <= len(self.mixers) <= self.n_layers:
+            raise ValueError(
+                f"mixers must name 1 to n_layers={self.n_layers} mixers, got {len(self.mixers)}."
+            )
+        self.mixers = [resolve_mixer(entry) for entry in self.mixers]
+        if self.channel is not None:
+            self.channel = resolve(CHANNELS, self.channel, "channel mixer")
+
+    @property
+    def layer_mixers(self) -> list[dict[str, Any]]:
+        """The mixer of every layer, with all its settings."""
+        return [self.mixers[i % len(self.mixers)] for i in range(self.n_layers)]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What each layer keeps in the cache, as transformers asks."""
+        return [LAYER_TYPE] * self.n_layers
+
+    def validate(self) -> None:
+        """Check all values, as transformers asks before it saves; its own list of layer types lacks ours."""
+        self.resolve()

@@ -1,0 +1,130 @@
+"""The contract of a mixer: the part of a block that moves content along time."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from statezoo.zoo.settings import build, lookup, resolve, settings_of
+
+State = tuple[Any, ...] | None
+MIXERS: dict[str, type["Mixer"]] = {}
+
+
+class Mixer(nn.Module):
+    """Mixes tokens along time and hands a state on.
+
+    A subclass is known by the name of its file (``zoo/gated_deltanet.py`` is ``"gated_deltanet"``).
+    Its constructor takes ``d_model`` and, by keyword, its settings: typed, with defaults, described
+    under ``Args:`` of the class. That list is the whole configuration, on every surface.
+
+    Args:
+        d_model: Width of the stream.
+
+    Attributes:
+        name: Name in configurations.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        """Register the class under ``name``, by default that of its file."""
+        super().__init_subclass__(**kwargs)
+        module = cls.__module__.rpartition(".")[2]
+        if module == "__main__":
+            module = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+        cls.name = name or module
+        known = MIXERS.get(cls.name)
+        if known is not None and (known.__module__, known.__name__) != (
+            cls.__module__,
+            cls.__name__,
+        ):
+            raise ValueError(
+                f"{cls.__module__}.{cls.__name__} would be mixer {cls.name!r}, which "
+                f"{known.__module__}.{known.__name__} is: one Mixer a file, or name it, "
+                f"class {cls.__name__}(Mixer, name='...')."
+            )
+        MIXERS[cls.name] = cls
+
+    def forward(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Mix ``x [B T D]`` along time, continuing from ``state``.
+
+        Args:
+            x: The stream after its norm.
+            state: What an earlier call returned; ``None`` at the start of the sequences.
+            cu_seqlens: Bounds ``[N+1]`` of sequences packed along ``T``; then ``B = 1``.
+
+        Returns:
+            The update of the stream, and the state: a named tuple of tensors whose first axis is
+            the sequence (``B``, or ``N`` if packed), never written in place.
+        """
+        raise NotImplementedError
+
+    def initial_state(self, n: int, like: Tensor) -> State:
+        """Return the state of ``n`` sequences before their first token; ``None`` means zeros."""
+        return None
+
+    def state_size(self, T: int) -> int:
+        """Return the bytes of state that one sequence needs after ``T`` tokens."""
+        raise NotImplementedError
+
+    def reset_parameters(self, n_layers: int) -> None:
+        """Set initial values that depend on depth, after the model's general initialisation.
+
+        Called once for a fresh model and never for loaded tensors. Values set in the constructor
+        stay: those of the mixer's own parameters anyway, those of a Linear with ``init.keep``.
+        """
+
+
+def mixer_settings(name: str) -> dict[str, inspect.Parameter]:
+    """List the settings of a mixer: name, real type and default of each.
+
+    Raises:
+        ValueError: If there is no such mixer.
+    """
+    return settings_of(lookup(MIXERS, name, "mixer"))
+
+
+def resolve_mixer(entry: Any) -> dict[str, Any]:
+    """Write out all settings of a mixer given by name or by name and some settings."""
+    return resolve(MIXERS, entry, "mixer")
+
+
+def build_mixer(entry: Any, d_model: int) -> Mixer:
+    """Make a mixer given by name or by name and some settings."""
+    mixer: Mixer = build(MIXERS, entry, d_model, "mixer")
+    return mixer
+
+
+def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
+    """Apply ``function`` to every tensor of a state, keeping its structure."""
+    if state is None or isinstance(state, Tensor):
+        return state if state is None else function(state)
+    parts = [map_state(function, part) for part in state]
+    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+
+
+def name_tensors(state: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Flatten a state into tensors by dotted name."""
+    if state is None:
+        return {}
+    if isinstance(state, Tensor):
+        return {prefix: state}
+    names = getattr(state, "_fields", range(len(state)))
+    flat: dict[str, Tensor] = {}
+    for name, part in zip(names, state, strict=True):
+        flat |= name_tensors(part, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def state_bytes(*shape: int, dtype: torch.dtype) -> int:
+    """Count the bytes of one tensor of a state."""
+    n = dtype.itemsize
+    for size in shape:
+        n *= size
+    return n

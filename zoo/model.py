@@ -1,0 +1,305 @@
+"""The one skeleton: embedding, blocks of mixer and channel mixer, norm, head."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from statezoo.zoo.cache import states_of
+from statezoo.zoo.channel import CHANNELS
+from statezoo.zoo.config import StateZooConfig
+from statezoo.zoo.loss import mean_loss, next_tokens
+from statezoo.zoo.mixer import Mixer, State, build_mixer
+from statezoo.zoo.padding import find_padding
+from statezoo.zoo.settings import build
+
+IGNORED = {"cache_position", "output_attentions", "position_ids", "token_type_ids"}
+
+
+class Block(GradientCheckpointingLayer):
+    """Add to the stream what the mixer and then the channel mixer make of it, each after a norm.
+
+    Args:
+        config: Sizes and channel mixer.
+        mixer: The mixer's name and settings.
+    """
+
+    def __init__(self, config: StateZooConfig, mixer: dict[str, Any]) -> None:
+        super().__init__()
+        self.mixer_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mixer: Mixer = build_mixer(mixer, config.d_model)
+        self.channel: nn.Module | None = None
+        if config.channel is not None:
+            self.channel_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+            self.channel = build(CHANNELS, config.channel, config.d_model, "channel mixer")
+
+    def forward(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Transform the stream ``x [B T D]``; under autocast it stays in the weights' dtype."""
+        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        x = x + y
+        if self.channel is not None:
+            x = x + self.channel(self.channel_norm(x))
+        return x, state
+
+
+class StateZooPreTrainedModel(PreTrainedModel):
+    """What all models share: configuration, initial values, strict loading."""
+
+    config_class = StateZooConfig
+    config: StateZooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _is_stateful = True
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give a module its initial values, children before parents."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Mixer):
+            loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters())
+            if not any(loaded):
+                module.reset_parameters(self.config.n_layers)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, strict: bool = True, **kwargs: Any) -> Any:
+        """Load a model; see transformers' method of this name.
+
+        Args:
+            *args: Folder or Hub id, as transformers takes them.
+            strict: Whether every tensor must be there, fit, and have a place.
+            **kwargs: Further arguments of transformers.
+
+        Raises:
+            ValueError: If a tensor is missing, left over or of the wrong shape.
+        """
+        wanted = kwargs.pop("output_loading_info", False)
+        if strict:
+            kwargs.setdefault(
+                "ignore_mismatched_sizes", True
+            )  # they are reported below, with names
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        faults = {
+            "missing": sorted(info["missing_keys"]),
+            "left over": sorted(info["unexpected_keys"]),
+            "of another shape": sorted(str(key) for key in info["mismatched_keys"]),
+        }
+        if strict and any(faults.values()):
+            listed = "; ".join(
+                f"{what}: {', '.join(keys)}" for what, keys in faults.items() if keys
+            )
+            raise ValueError(
+                f"the checkpoint does not fit its configuration: {listed}. "
+                "Pass strict=False to load what fits."
+            )
+        return (model, info) if wanted else model
+
+
+class StateZooModel(StateZooPreTrainedModel):
+    """Embedding, blocks and final norm.
+
+    Args:
+        config: Sizes and parts.
+    """
+
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+
+    def __init__(self, config: StateZooConfig) -> None:
+        config.resolve()
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList([Block(config, mixer) for mixer in config.layer_mixers])
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the embedding."""
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding."""
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks over tokens.
+
+        Args:
+            input_ids: Tokens ``[B T]``.
+            attention_mask: ``[B T]``, or ``[B past+T]``: 1 for tokens, 0 for padding, anywhere.
+            past_key_values: States of the tokens before these.
+            inputs_embeds: The stream ``[B T D]`` instead of tokens.
+            use_cache: Whether to return the states; by default if ``past_key_values`` is given.
+            cu_seqlens: Bounds ``[N+1]`` of sequences packed along ``T``; then ``B = 1``.
+            output_hidden_states: Whether to return the stream before every block, and the last.
+            **kwargs: What transformers passes to every model and this one has no use for.
+
+        Returns:
+            The stream after the final norm, zero at padding, and the states.
+
+        Raises:
+            ValueError: If arguments exclude each other or shapes disagree.
+            TypeError: If an argument is unknown.
+        """
+        check_unknown(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds.")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        B, T = x.shape[:2]
+        padding = find_padding(attention_mask, B, T)
+        if padding is not None:
+            if cu_seqlens is not None:
+                raise ValueError("give either cu_seqlens or an attention_mask with padding.")
+            x, cu_seqlens = padding.pack(x), padding.cu_seqlens
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = DynamicCache(config=self.config)
+        streams = self._run(x, cu_seqlens, cache, T)
+        if not output_hidden_states:
+            streams = streams[-1:]
+        if padding is not None:
+            streams = [padding.unpack(x) for x in streams]
+        return BaseModelOutputWithPast(
+            last_hidden_state=streams[-1],
+            past_key_values=cache,
+            hidden_states=tuple(streams) if output_hidden_states else None,
+        )
+
+    def _run(
+        self, x: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, T: int
+    ) -> list[Tensor]:
+        """Return the stream before every block and after the final norm; update the cache."""
+        n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        memory = [None] * len(self.layers) if cache is None else states_of(cache)
+        if len(memory) != len(self.layers):
+            raise ValueError(
+                f"the cache has {len(memory)} layers, the model {len(self.layers)}: was it made by "
+                "another model?"
+            )
+        streams = []
+        for block, layer in zip(self.layers, memory, strict=True):
+            streams.append(x)
+            if layer is None:
+                x, _ = block(x, None, cu_seqlens)
+                continue
+            state = block.mixer.initial_state(n, x) if layer.state is None else layer.state
+            x, state = block(x, state, cu_seqlens)
+            layer.put(state, T)
+        return [*streams, self.norm(x)]
+
+
+class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
+    """A model that predicts the next token.
+
+    Args:
+        config: Sizes and parts.
+
+    Example:
+        >>> net = StateZooForCausalLM(StateZooConfig(vocab_size=256, mixers=["gla"]))
+        >>> net.generate(torch.tensor([[72, 101]]), max_new_tokens=8).shape
+        torch.Size([1, 10])
+    """
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: StateZooConfig) -> None:
+        super().__init__(config)
+        self.model = StateZooModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Predict the token after each; arguments as in :class:`StateZooModel`, and these.
+
+        Args:
+            input_ids: Tokens ``[B T]``.
+            attention_mask: 1 for tokens, 0 for padding, anywhere.
+            past_key_values: States of the tokens before these.
+            inputs_embeds: The stream ``[B T D]`` instead of tokens.
+            labels: Tokens to predict ``[B T]``, usually ``input_ids``; shifted by one in here, -100
+                is not scored, nor is padding, nor a token from another packed sequence.
+            use_cache: Whether to return the states; by default if ``past_key_values`` is given.
+            logits_to_keep: Compute this many last logits, or those at these positions; 0 for all.
+            cu_seqlens: Bounds of packed sequences.
+            output_hidden_states: Whether to return the stream before every block, and the last.
+            num_items_in_batch: Divides the summed loss, instead of the scored tokens here, for
+                means over accumulated batches.
+            **kwargs: What transformers passes to every model and this one has no use for.
+
+        Returns:
+            Loss in nats per token if there are labels, logits ``[B T W]``, and states. In training
+            mode with labels there are no logits: the loss is computed without holding them.
+
+        Raises:
+            ValueError: If arguments exclude each other or shapes disagree.
+            TypeError: If an argument is unknown.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        x, loss, logits = out.last_hidden_state, None, None
+        if labels is not None:
+            targets = next_tokens(labels, attention_mask, cu_seqlens)
+            loss = mean_loss(x, self.lm_head.weight, targets, num_items_in_batch)
+        if labels is None or not self.training:
+            keep = logits_to_keep
+            logits = self.lm_head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
+
+
+def check_unknown(kwargs: dict[str, Any]) -> None:
+    """Refuse arguments that would otherwise go unnoticed.
+
+    Raises:
+        TypeError: If one is neither ``None`` nor known to be without meaning here.
+    """
+    for key, value in kwargs.items():
+        if value is not None and key not in IGNORED:
+            raise TypeError(f"forward() got an unknown argument {key!r}.")
