@@ -1,7 +1,7 @@
 """Decay inside a chunk, as sums over the steps between two tokens.
 
-No difference of cumulative sums is ever taken: a gate of -1e4 then costs no digit of its neighbours,
-and no exponent is ever positive.
+No difference of cumulative sums is ever taken: a gate of -1e4 then costs no digit of its
+neighbours, and no exponent is ever positive.
 """
 
 from typing import NamedTuple
@@ -32,11 +32,23 @@ def between(g: Tensor) -> Tensor:
     return sums.masked_fill_(later.mT, -torch.inf).mT
 
 
+def products(g: Tensor) -> Tensor:
+    """Exponentials of :func:`between`, ``[... C] -> [... i j]``, but 1 above the diagonal.
+
+    A running product of single decays: the same digits with an exponential for each gate only.
+    """
+    C = g.shape[-1]
+    later = torch.ones(C, C, dtype=torch.bool, device=g.device).tril(-1)
+    return torch.where(later, g.exp()[..., None], 1.0).cumprod(-2)
+
+
 def of_chunk(g: Tensor, dim: int) -> Decay:
     """Sum the gates of whole chunks along ``dim``, the axis ``C``."""
     head = g.cumsum(dim)
     tail = g.flip(dim).cumsum(dim).flip(dim)
-    tail = torch.cat([tail.narrow(dim, 1, g.shape[dim] - 1), torch.zeros_like(g.narrow(dim, 0, 1))], dim)
+    tail = torch.cat(
+        [tail.narrow(dim, 1, g.shape[dim] - 1), torch.zeros_like(g.narrow(dim, 0, 1))], dim
+    )
     return Decay(head, tail, head.select(dim, -1))
 
 
@@ -48,11 +60,13 @@ def gate_gradient(at_head: Tensor, at_tail: Tensor, at_total: Tensor, dim: int) 
 
 
 class Levels:
-    r"""Scores of per-channel gates, :math:`A_{ij} = \sum_k a_{ik} b_{jk} e^{\sum_{j<t\le i} g_{tk}}`.
+    r"""Scores of per-channel gates.
 
-    The chunk is halved again and again: at each level the rows of every second half meet the columns
-    of the first half before it, both decayed to the boundary between them, so that all is matrix
-    products and every exponent is at most 0. The diagonal is plain.
+    .. math:: A_{ij} = \sum_k a_{ik} b_{jk} e^{\sum_{j<t\le i} g_{tk}}
+
+    The chunk is halved again and again: at each level the rows of every second half meet the
+    columns of the first half before it, both decayed to the boundary between them, so that all is
+    matrix products and every exponent is at most 0. The diagonal is plain.
 
     Args:
         g: Gates ``[n G C K]``, ``C`` a power of two.
@@ -63,7 +77,7 @@ class Levels:
         self.levels: list[tuple[int, Tensor, Tensor]] = []  # half, row decay, column decay
         head, tail, half = g, torch.zeros_like(g), 1  # sums inside blocks of `half` tokens
         while half < self.C:
-            left, right = self._halves(head, half), self._halves(tail, half)
+            left, right = (self._halves(x, half).squeeze(-2) for x in (head, tail))
             self.levels.append((half, left[..., 1, :, :].exp(), right[..., 0, :, :].exp()))
             first = left[..., 0, -1:, :]
             second = left[..., 1, -1:, :]
@@ -73,35 +87,61 @@ class Levels:
         self.decay = Decay(head, tail, head[:, :, -1])
 
     def scores(self, a: Tensor, b: Tensor) -> Tensor:
-        """Multiply rows ``a`` and columns ``b [n G C K]`` into ``A [n G C C]``, 0 above."""
-        A = a.new_zeros(*a.shape[:2], self.C, self.C)
-        A.diagonal(dim1=-2, dim2=-1).copy_((a * b).sum(-1))
+        """Multiply rows ``a`` and columns ``b [n G C K]`` into ``A [n G C C]``, 0 above.
+
+        Both may have several rows a token, ``[n G C*r K]``, which share its decay; all rows of a
+        token meet all columns of it.
+        """
+        A = a.new_zeros(*a.shape[:3], b.shape[2])
+        self._diagonal(A).copy_(
+            (self._tokens(a)[..., None, :] * self._tokens(b)[..., None, :, :]).sum(-1)
+        )
         for half, row, column in self.levels:
-            rows = self._halves(a, half)[..., 1, :, :] * row
-            columns = self._halves(b, half)[..., 0, :, :] * column
+            rows = self._decayed(self._halves(a, half)[:, :, :, 1], row)
+            columns = self._decayed(self._halves(b, half)[:, :, :, 0], column)
             self._corner(A, half).copy_(rows @ columns.mT)
         return A
 
     def scores_backward(self, dA: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return ``da, db``; the gates' part is ``cumulated a * da - b * db`` (see the callers)."""
-        diagonal = dA.diagonal(dim1=-2, dim2=-1)[..., None]
-        da, db = diagonal * b, diagonal * a
+        diagonal = self._diagonal(dA)[..., None]
+        da = (diagonal * self._tokens(b)[..., None, :, :]).sum(-2).view(a.shape)
+        db = (diagonal * self._tokens(a)[..., None, :]).sum(-3).view(b.shape)
         for half, row, column in self.levels:
             corner = self._corner(dA, half)
-            rows = self._halves(a, half)[..., 1, :, :] * row
-            columns = self._halves(b, half)[..., 0, :, :] * column
-            self._halves(da, half)[..., 1, :, :].addcmul_(corner @ columns, row)
-            self._halves(db, half)[..., 0, :, :].addcmul_(corner.mT @ rows, column)
+            rows = self._decayed(self._halves(a, half)[:, :, :, 1], row)
+            columns = self._decayed(self._halves(b, half)[:, :, :, 0], column)
+            for x, dx, part, decay in (
+                (da, corner @ columns, 1, row),
+                (db, corner.mT @ rows, 0, column),
+            ):
+                here = self._halves(x, half)[:, :, :, part]
+                here.addcmul_(dx.view(here.shape), decay[..., None, :])
         return da, db
 
-    @staticmethod
-    def _halves(x: Tensor, half: int) -> Tensor:
-        """View ``[n G C K]`` as ``[n G blocks 2 half K]``."""
-        return x.unflatten(2, (-1, 2, half))
+    def _tokens(self, x: Tensor) -> Tensor:
+        """View ``[n G C*r K]`` as ``[n G C r K]``."""
+        return x.view(*x.shape[:2], self.C, -1, x.shape[-1])
 
     @staticmethod
-    def _corner(A: Tensor, half: int) -> Tensor:
-        """View the lower left corners ``[n G blocks half half]`` of the diagonal blocks of ``A``."""
-        n, G, C, _ = A.shape
-        blocks = A.view(n, G, C // (2 * half), 2, half, C // (2 * half), 2, half)
-        return blocks[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)
+    def _decayed(x: Tensor, decay: Tensor) -> Tensor:
+        """Decay ``x [n G blocks half r K]`` and join its rows: ``[n G blocks half*r K]``."""
+        return (x * decay[..., None, :]).flatten(3, 4)
+
+    def _halves(self, x: Tensor, half: int) -> Tensor:
+        """View ``[n G C*r K]`` as ``[n G blocks 2 half r K]``."""
+        n, G, R, K = x.shape
+        return x.view(n, G, self.C // (2 * half), 2, half, R // self.C, K)
+
+    def _diagonal(self, A: Tensor) -> Tensor:
+        """View the scores inside tokens, ``[n G C r r']``."""
+        n, G, R, Q = A.shape
+        tokens = A.view(n, G, self.C, R // self.C, self.C, Q // self.C)
+        return tokens.diagonal(dim1=2, dim2=4).movedim(-1, 2)
+
+    def _corner(self, A: Tensor, half: int) -> Tensor:
+        """View the lower left corners ``[n G blocks half*r half*r']`` of the diagonal blocks."""
+        n, G, R, Q = A.shape
+        blocks = self.C // (2 * half)
+        tiles = A.view(n, G, blocks, 2, R // (2 * blocks), blocks, 2, Q // (2 * blocks))
+        return tiles[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)

@@ -13,9 +13,9 @@ BACKENDS: tuple[str, ...] = tuple(b for b in get_args(Backend) if b != "auto")
 def resolve(backend: str, x: Tensor, available: tuple[str, ...] = BACKENDS) -> str:
     """Name the implementation that runs on ``x``.
 
-    ``"auto"`` means the environment's ``STATEZOO_BACKEND`` where set, else ``triton`` on NVIDIA GPUs
-    and ``torch`` everywhere else (and for float64, which the fused kernels do not take). What is
-    installed plays no part.
+    ``"auto"`` means the environment's ``STATEZOO_BACKEND`` where set, else ``triton`` on NVIDIA
+    GPUs and ``torch`` everywhere else (and for float64, which the fused kernels do not take). What
+    is installed plays no part.
 
     Args:
         backend: What the caller asked for.
@@ -43,8 +43,8 @@ def _check_triton(x: Tensor) -> None:
         raise ValueError("backend 'triton' takes float32 or narrower; use 'torch' for float64.")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
-            f"backend 'triton' needs tensors on an NVIDIA GPU, got {x.device}; use 'torch' there, or "
-            "set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter."
+            f"backend 'triton' needs tensors on an NVIDIA GPU, got {x.device}; use 'torch' there, "
+            "or set TRITON_INTERPRET=1 before Python starts, to run it in Triton's interpreter."
         )
 
 

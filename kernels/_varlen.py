@@ -112,17 +112,18 @@ class Chunks:
         return ((i, min(i + n, self.n)) for i in range(0, self.n, n))
 
     def load(self, x: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Read chunks ``start`` to ``stop`` of ``x [B T H *]`` as ``[n B*H C *]``, copied."""
+        """Copy chunks ``start`` to ``stop`` of ``x [B T H *]`` as ``[n B*H C *]``."""
         n, C = stop - start, self.C
         if self.packed:
-            rows = F.pad(x[0], [0, 0] * (x.ndim - 2) + [0, 1])[self.token[start * C : stop * C]]
-            rows = rows[None]
+            token = self.token[start * C : stop * C]
+            rows = x[:, token.clamp(max=self.T - 1)]
+            rows.masked_fill_((token == self.T).view(1, -1, *[1] * (x.ndim - 2)), 0)
         else:
             rows = x[:, start * C : min(stop * C, self.T)]
             if rows.shape[1] < n * C:
                 rows = F.pad(rows, [0, 0] * (x.ndim - 2) + [0, n * C - rows.shape[1]])
-        rows = rows.unflatten(1, (n, C)).movedim(1, 0).movedim(2, 3)  # [n B H C *]
-        return rows.to(dtype, memory_format=torch.contiguous_format).flatten(1, 2)
+        rows = rows.view(self.B, n, C, *x.shape[2:]).movedim(1, 0).movedim(2, 3)  # [n B H C *]
+        return rows.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)
 
     def empty_like(self, x: Tensor) -> Tensor:
         """Allocate an output to be filled by :meth:`store`, and cut by :meth:`trim`."""
@@ -133,9 +134,10 @@ class Chunks:
         return out[:, : self.T]
 
     def store(self, out: Tensor, x: Tensor, start: int) -> None:
-        """Write ``x [n B*H C *]`` to the tokens of chunks ``start`` onwards of ``out [B T H *]``."""
+        """Write ``x [n B*H C *]`` to the tokens of ``out [B T H *]`` from chunk ``start`` on."""
         n, C = x.shape[0], self.C
-        rows = x.unflatten(1, (self.B, -1)).movedim(2, 3).movedim(0, 1).flatten(1, 2)  # [B n*C H *]
+        rows = x.view(n, self.B, -1, *x.shape[2:])  # [n B H C *]
+        rows = rows.movedim(2, 3).movedim(0, 1).flatten(1, 2)  # [B n*C H *]
         if self.packed:
             out[0].index_copy_(0, self.token[start * C : (start + n) * C], rows[0].to(out.dtype))
         else:

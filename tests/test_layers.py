@@ -1,4 +1,4 @@
-"""Imports point one way: kernels <- zoo <- lightning_modules <- statezoo; datamodules know no model."""
+"""Imports point one way: kernels <- zoo <- lightning_modules <- statezoo; data knows no model."""
 
 import ast
 from pathlib import Path

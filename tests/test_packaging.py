@@ -16,7 +16,9 @@ FOLDERS = ("zoo", "kernels", "lightning_modules", "datamodules", "configs", "hub
 
 def python(*args: str, cwd: Path | None = None, executable: str = sys.executable) -> str:
     """Run an isolated Python: the folder it starts in is not on its path."""
-    run = subprocess.run([executable, "-P", *args], cwd=cwd, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [executable, "-P", *args], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run.stdout
 
@@ -84,7 +86,9 @@ def test_wheel_imports_everything_in_an_empty_environment(wheel, tmp_path):
 
 
 def test_import_statezoo_is_light():
-    script = "import statezoo, sys; print([m for m in sys.modules if m in ('torch', 'transformers')])"
+    script = (
+        "import statezoo, sys; print([m for m in sys.modules if m in ('torch', 'transformers')])"
+    )
     assert python("-c", script).strip() == "[]"
 
 
@@ -105,7 +109,9 @@ def test_kernels_folder_stays_a_namespace():
 
 def test_pinned_set_meets_the_stated_bounds():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = {line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").open()}
+    pins = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / "constraints.txt").open()
+    }
     extras = project["optional-dependencies"].values()
     for requirement in [*project["dependencies"], *(r for extra in extras for r in extra)]:
         name = "".join(c if c.isalnum() or c in "-_" else " " for c in requirement).split()[0]

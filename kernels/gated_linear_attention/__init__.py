@@ -76,8 +76,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> None:
     same = q.ndim == v.ndim == 4 and k.shape == q.shape and v.shape[:2] == q.shape[:2]
     if not same or v.shape[2] % q.shape[2]:
         raise ValueError(
-            "gated_linear_attention needs q, k [B T H K] and v [B T Hv V] with equal B and T, and Hv "
-            f"a multiple of H; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+            "gated_linear_attention needs q, k [B T H K] and v [B T Hv V] with equal B and T, and "
+            f"Hv a multiple of H; got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
     if g is not None and (g.shape[:3] != v.shape[:3] or g.shape[3:] not in ((), (q.shape[-1],))):
         raise ValueError(

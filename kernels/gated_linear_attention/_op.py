@@ -53,7 +53,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, do: Tensor, d_final: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     q, k, v, g, S0, cu, saved = ctx.saved_tensors
-    dq, dk, dv, dg, dS0 = backward_op(do, d_final, q, k, v, g, ctx.scale, S0, cu, saved, ctx.backend)
+    dq, dk, dv, dg, dS0 = backward_op(
+        do, d_final, q, k, v, g, ctx.scale, S0, cu, saved, ctx.backend
+    )
     return dq, dk, dv, None if g is None else dg, None, dS0, None, None
 
 

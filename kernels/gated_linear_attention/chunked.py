@@ -60,8 +60,10 @@ class _Span:
         self.per_channel = g is not None and g.ndim == 4
         self.levels: _decay.Levels | None = None
         self.D: Tensor | None = None
-        self.q_head, self.k_tail, self.total = self.q, self.k, self.v.new_ones(1, 1, 1, 1).expand(
-            b - a, 1, 1, 1
+        self.q_head, self.k_tail, self.total = (
+            self.q,
+            self.k,
+            self.v.new_ones(1, 1, 1, 1).expand(b - a, 1, 1, 1),
         )
         if g is None:
             return
@@ -85,7 +87,9 @@ class _Span:
         return A.tril_() if self.D is None else A.mul_(self.D)
 
 
-def _states(span: _Span, call: _Call, S: Tensor, S0: Tensor, a: int, final: Tensor | None) -> tuple[Tensor, Tensor]:
+def _states(
+    span: _Span, call: _Call, S: Tensor, S0: Tensor, a: int, final: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Carry ``S`` through a span: the state before each chunk ``[n G K V]``, and the last."""
     writes = span.k_tail.mT @ span.v
     before = torch.empty_like(writes)
@@ -142,7 +146,13 @@ def backward(
             if out is not None and x is not None:
                 call.chunks.store(out, _sum_groups(x, out.shape[2] * call.chunks.B), a)
     dq, dk, dv = (call.chunks.trim(x) for x in grads)
-    return dq.mul_(scale), dk, dv, call.chunks.trim(dg) if dg is not None else q.new_empty(0), d_initial
+    return (
+        dq.mul_(scale),
+        dk,
+        dv,
+        call.chunks.trim(dg) if dg is not None else q.new_empty(0),
+        d_initial,
+    )
 
 
 def _span_backward(
@@ -177,4 +187,4 @@ def _lanes(S: Tensor, cu: Tensor | None) -> Tensor:
 
 def _sum_groups(x: Tensor, lanes: int) -> Tensor:
     """Add the gradients of value heads that share a key head."""
-    return x if x.shape[1] == lanes else x.unflatten(1, (lanes, -1)).sum(2)
+    return x if x.shape[1] == lanes else x.view(x.shape[0], lanes, -1, *x.shape[2:]).sum(2)

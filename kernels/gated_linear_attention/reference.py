@@ -1,5 +1,7 @@
 """The recurrence as printed, a step per token: the oracle of every other form."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, einsum
 
@@ -13,11 +15,11 @@ def run(
     """Run the recurrence; shapes as in the op, ``S`` given, differentiable by autograd."""
     if cu is not None:
         check_bounds(cu, q.shape[1])
-        bounds = cu.tolist()
-        parts = [
-            run(*(x if x is None else x[:, a:b] for x in (q, k, v, g)), scale, S[i : i + 1], None)
-            for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
-        ]
+        parts = []
+        for i, (a, b) in enumerate(pairwise(cu.tolist())):
+            at = slice(a, b)
+            gate = None if g is None else g[:, at]
+            parts.append(run(q[:, at], k[:, at], v[:, at], gate, scale, S[i : i + 1], None))
         return torch.cat([o for o, _ in parts], 1), torch.cat([S for _, S in parts])
     out, dtype = [], accumulator(q, k, v, g, S)
     repeat = v.shape[2] // q.shape[2]

@@ -145,6 +145,10 @@ def cases() -> list[Case]:
             found.append(Case(f"delta-{label}", gated_delta_rule, make, gate=key))
         make = make_delta(gate, 1, n=3)
         found.append(Case(f"delta3-{gate or 'no'}_gate", gated_delta_rule, make, gate=key))
+    found.append(
+        Case("additive-one_head", gated_linear_attention, make_additive("head", 1, H=1), gate="g")
+    )
+    found.append(Case("delta-one_head", gated_delta_rule, make_delta("head", 1, H=1), gate="g"))
     scan = {"op": selective_scan, "make": make_scan(), "parameters": ("A", "D")}
     found.append(Case("scan", **scan))
     found.append(Case("scan-negative", **scan, options=(("negative_eigenvalues", True),)))

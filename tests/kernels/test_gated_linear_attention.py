@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from tests.kernels.harness import make_additive
 from torch import Tensor
 
 from statezoo.kernels import gated_linear_attention as package
 from statezoo.kernels.gated_linear_attention import gated_linear_attention
-from tests.kernels.harness import make_additive
 
 HALF = -0.6931471805599453  # ln 1/2
 
