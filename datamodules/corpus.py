@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from statezoo.datamodules.packing import TokenFile
-from statezoo.datamodules.readers import Report, Source
+from statezoo.datamodules.readers import Source
+from statezoo.datamodules.records import Report
 from statezoo.datamodules.tokenizers import Tokenizer
 
-__all__ = ["SPLITS", "RawText", "Tokens", "cache_folder", "read_text", "tokenize"]
+__all__ = ["SPLITS", "RawText", "Tokens", "cache_folder", "cut_text", "read_text", "tokenize"]
 
 FORMAT = 1  # part of every key: raise it when the files or the readers change
 SPLITS = ("", "train", "val", "test")
@@ -123,25 +125,32 @@ class _Writer:
         self.file.close()
 
 
-def read_text(source: Source, settings: list[Any], max_bytes: int | None = None) -> RawText:
-    """All documents of ``source``, at most about ``max_bytes``, through the cache.
+def _head(text: bytes, size: int) -> bytes:
+    """At most ``size`` bytes of UTF-8 ``text``, whole characters only."""
+    while 0 < size < len(text) and text[size] & 0xC0 == 0x80:
+        size -= 1
+    return text[:size]
+
+
+def read_text(source: Source, max_bytes: int | None = None) -> RawText:
+    """All documents of ``source`` through the cache.
 
     Args:
         source: What to read.
-        settings: Settings of the reader, part of the key.
-        max_bytes: Stop before the document that would exceed this; the first is always read.
+        max_bytes: Stop after so much text; the last document is cut there.
 
     Raises:
         ValueError: If nothing could be read, with the reasons.
     """
-    known = source.fingerprint()
-    key = _hash(known or os.urandom(16).hex(), settings, max_bytes)
+    key = _hash(source.fingerprint(), max_bytes)
 
     def write(folder: Path) -> None:
         report, out = Report(), _Writer(folder / "text.npy", np.uint8)
         bounds, splits, hashes = [0], [], []
         for text, split in source.documents(report):
-            if max_bytes is not None and out.size and out.size + len(text) > max_bytes:
+            if max_bytes is not None:
+                text = _head(text, max_bytes - out.size)
+            if not text:
                 break
             out.add(np.frombuffer(text, dtype=np.uint8))
             bounds.append(out.size)
@@ -158,12 +167,17 @@ def read_text(source: Source, settings: list[Any], max_bytes: int | None = None)
         (folder / "skipped.json").write_text(json.dumps(report), encoding="utf-8")
 
     folder = _folder("text", key, write)
-    return RawText(
-        key,
-        TokenFile(folder / "text.npy"),
-        *(np.load(folder / f"{name}.npy") for name in ("bounds", "splits", "hashes")),
-        json.loads((folder / "skipped.json").read_text(encoding="utf-8")),
+    bounds, splits, hashes = (
+        np.load(folder / f"{name}.npy") for name in ("bounds", "splits", "hashes")
     )
+    skipped = json.loads((folder / "skipped.json").read_text(encoding="utf-8"))
+    return RawText(key, TokenFile(folder / "text.npy"), bounds, splits, hashes, skipped)
+
+
+def cut_text(raw: RawText, bounds: NDArray[np.int64]) -> Iterator[bytes]:
+    """The pieces of ``raw`` between ``bounds``."""
+    text = raw.text.array
+    return (text[start:end].tobytes() for start, end in pairwise(bounds.tolist()))
 
 
 def tokenize(raw: RawText, bounds: NDArray[np.int64], tokenizer: Tokenizer) -> Tokens:
@@ -171,15 +185,11 @@ def tokenize(raw: RawText, bounds: NDArray[np.int64], tokenizer: Tokenizer) -> T
     if tokenizer.kind == "bytes":
         return Tokens(raw.text, None, bounds)
 
-    def pieces() -> Iterable[bytes]:
-        text = raw.text.array
-        return (text[a:b].tobytes() for a, b in zip(bounds[:-1], bounds[1:], strict=True))
-
     def write(folder: Path) -> None:
         ids = _Writer(folder / "ids.npy", tokenizer.dtype)
         lengths = _Writer(folder / "lengths.npy", np.uint32)
         starts = [0]
-        for piece in pieces():
+        for piece in cut_text(raw, bounds):
             values, sizes = tokenizer.encode_document(piece)
             ids.add(values)
             lengths.add(np.ones(len(values), np.uint32) if sizes is None else sizes)

@@ -85,9 +85,9 @@ class SeekableLoader:
         self._resumed = False
         self._order: tuple[int, int, list[int]] | None = None
         self._loader: DataLoader[Batch] = DataLoader(
-            windows,  # type: ignore[arg-type]  # indexed by pairs, not by numbers
+            windows,  # type: ignore[arg-type]  # indexed by pairs, not numbers
             batch_size=None,
-            sampler=_Remaining(self),  # type: ignore[arg-type]
+            sampler=_Remaining(self),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=torch.cuda.is_available(),
@@ -147,9 +147,9 @@ class SeekableLoader:
         """
         if state["epoch_length"] != self.epoch_length:
             raise ValueError(
-                f"The checkpoint was made with {state['epoch_length']} batches per epoch, now there "
-                f"are {self.epoch_length}: resume with the same data, seq_len, batch_size and number "
-                "of processes, or start a new run from the checkpoint's weights."
+                f"The checkpoint was made with {state['epoch_length']} batches per epoch, now "
+                f"there are {self.epoch_length}: resume with the same data, seq_len, batch_size "
+                "and number of processes, or start a new run from the checkpoint's weights."
             )
         self.done, self.pass_end = state["done"], state["pass_end"]
         self._resumed = True

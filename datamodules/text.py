@@ -8,8 +8,9 @@ from typing import Any, Literal
 import numpy as np
 from lightning.pytorch import LightningDataModule
 
-from statezoo.datamodules.corpus import SPLITS, RawText, Tokens, read_text, tokenize
+from statezoo.datamodules.corpus import SPLITS, RawText, Tokens, cut_text, read_text, tokenize
 from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.ngram import baselines
 from statezoo.datamodules.packing import Windows
 from statezoo.datamodules.readers import source_for
 from statezoo.datamodules.splitting import split_text
@@ -111,8 +112,7 @@ class Text(LightningDataModule):
         """The tokenizer; that of characters needs to read the text first."""
         if self._tokenizer is None:
             raw = self._read()
-            bounds = zip(raw.bounds[:-1], raw.bounds[1:], strict=True)
-            self._tokenizer = Characters.of(raw.text.array[a:b].tobytes() for a, b in bounds)
+            self._tokenizer = Characters.of(cut_text(raw, raw.bounds))
         return self._tokenizer
 
     @property
@@ -166,7 +166,7 @@ class Text(LightningDataModule):
         trainer = self.trainer
         return self._loader(
             "train",
-            shuffle=trainer is None or not trainer.overfit_batches,
+            shuffle=trainer is None or not trainer.overfit_batches,  # type: ignore[attr-defined]
             epoch=0 if trainer is None else trainer.current_epoch,
         )
 
@@ -186,10 +186,12 @@ class Text(LightningDataModule):
         """The text of a split, its documents end to end, as the model sees it."""
         raw = self._read()
         bounds, labels = self._split(raw)
-        pieces = zip(bounds[:-1], bounds[1:], labels, strict=True)
-        return b"".join(
-            raw.text.array[a:b].tobytes() for a, b, label in pieces if SPLITS[label] == split
-        )
+        pieces = zip(cut_text(raw, bounds), labels, strict=True)
+        return b"".join(piece for piece, label in pieces if SPLITS[label] == split)
+
+    def baselines(self) -> dict[str, float]:
+        """Bits per byte that classical methods need on the validation split."""
+        return baselines(self.raw("train"), self.raw("val"))
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint alone can read and write text."""
@@ -210,7 +212,7 @@ class Text(LightningDataModule):
 
     def _read(self) -> RawText:
         if self._raw is None:
-            self._raw = read_text(self.source, [self.text_field], self.max_bytes)
+            self._raw = read_text(self.source, self.max_bytes)
         return self._raw
 
     def _split(self, raw: RawText) -> tuple[Any, Any]:

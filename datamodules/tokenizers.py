@@ -333,7 +333,8 @@ def train_bpe(paths: Sequence[str | Path], vocab_size: int, out: str | Path) -> 
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    from statezoo.datamodules.readers import Report, source_for
+    from statezoo.datamodules.readers import source_for
+    from statezoo.datamodules.records import Report
 
     if vocab_size < 257:
         raise ValueError(f"train_bpe needs vocab_size of at least 257, got {vocab_size}.")

@@ -1,0 +1,186 @@
+"""Documents out of single files: text, JSON lines and parquet, valid UTF-8 or not."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import importlib.util
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["FORMATS", "Report", "pick_texts", "read_file", "require", "suffix_of"]
+
+
+class Report(list[str]):
+    """What was skipped, one line each: place, reason, remedy."""
+
+
+class _Records:
+    """Counts unusable records of one file by reason, to report each reason once."""
+
+    def __init__(self, place: str, unit: str, report: Report) -> None:
+        self.place, self.unit, self.report = place, unit, report
+        self.found: dict[str, list[int]] = {}
+
+    def skip(self, number: int, reason: str) -> None:
+        self.found.setdefault(reason, []).append(number)
+
+    def close(self) -> None:
+        for reason, numbers in self.found.items():
+            count = f"{len(numbers)} {self.unit}{'s' if len(numbers) > 1 else ''}"
+            self.report.append(f"{self.place}: {count}, the first number {numbers[0]}: {reason}")
+
+
+def require(module: str, purpose: str) -> None:
+    """Raise ValueError, with the command that helps, where an optional package is absent."""
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(
+            f"{purpose} needs the package {module}: pip install 'statezoo[data]', or give "
+            ".txt or .jsonl files."
+        )
+
+
+def suffix_of(path: Path) -> str:
+    """The ending that decides how a file is read, or '' if it is not read."""
+    name = path.name.lower()
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), "")
+
+
+def read_file(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
+    """Documents of one file as UTF-8; adds to ``report`` what it leaves out.
+
+    Raises:
+        ValueError: If the file is well-formed but lacks ``text_field``.
+    """
+    try:
+        yield from FORMATS[suffix_of(path)](path, text_field, report)
+    except (OSError, EOFError, zlib.error) as error:
+        report.append(f"{path}: cannot be read to its end ({error}); copy or pack it again")
+
+
+def pick_texts(
+    rows: Iterable[tuple[int, Any]], place: str, text_field: str, unit: str, report: Report
+) -> Iterator[bytes]:
+    """The text of numbered records: dicts with ``text_field``, or text itself."""
+    records = _Records(place, unit, report)
+    usable = False
+    for number, row in rows:
+        if isinstance(row, dict):
+            if text_field not in row and not usable:
+                raise ValueError(
+                    f"{place}: {unit} {number} has no field {text_field!r}; it has "
+                    f"{', '.join(map(repr, row)) or 'none'}: set text_field to one of them."
+                )
+            row = row.get(text_field)
+        usable = True
+        if not isinstance(row, str):
+            records.skip(number, f"no text in field {text_field!r}")
+        elif not row:
+            records.skip(number, "empty text")
+        else:
+            try:
+                yield row.encode("utf-8")
+            except UnicodeEncodeError as error:
+                records.skip(number, f"half a character, {row[error.start]!r}: write it in full")
+    records.close()
+
+
+def _open(path: Path) -> Any:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _utf8(data: bytes) -> bytes:
+    """``data`` as UTF-8 without byte order mark; UTF-16 is recognised by its mark."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16").encode("utf-8")
+    data.decode("utf-8")
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def _read_txt(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
+    """The file as one document."""
+    with _open(path) as file:
+        data: bytes = file.read()
+    try:
+        text = _utf8(data)
+    except UnicodeDecodeError as error:
+        report.append(
+            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not "
+            f"{error.encoding.upper()}; convert the file, for example with "
+            "iconv -f LATIN1 -t UTF-8"
+        )
+        return
+    if text.strip():
+        yield text
+    else:
+        report.append(f"{path}: empty; add text or remove it")
+
+
+def _read_jsonl(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
+    """One document per line: an object with ``text_field``, or a string."""
+    broken = _Records(str(path), "line", report)
+    some = False
+
+    def rows() -> Iterator[tuple[int, Any]]:
+        nonlocal some
+        with _open(path) as file:
+            for number, line in enumerate(file, start=1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not line.strip():
+                    continue
+                some = True
+                try:
+                    yield number, json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    broken.skip(number, f"byte 0x{line[error.start]:02x} is not UTF-8; convert it")
+                except json.JSONDecodeError as error:
+                    broken.skip(number, f"not JSON ({error.msg}); mend it")
+
+    try:
+        yield from pick_texts(rows(), str(path), text_field, "line", report)
+    finally:
+        broken.close()
+    if not some:
+        report.append(f"{path}: empty; add text or remove it")
+
+
+def _read_parquet(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
+    """One document per row of column ``text_field``."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_field not in names:
+                raise ValueError(
+                    f"{path} has no column {text_field!r}; it has "
+                    f"{', '.join(map(repr, names)) or 'none'}: set text_field to one of them."
+                )
+
+            def rows() -> Iterator[tuple[int, Any]]:
+                number = 0
+                for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                    for value in batch.column(0).to_pylist():
+                        number += 1
+                        yield number, value
+
+            if not file.metadata.num_rows:
+                report.append(f"{path}: empty; add rows or remove it")
+            yield from pick_texts(rows(), str(path), text_field, "row", report)
+    except pa.ArrowInvalid as error:
+        report.append(f"{path}: not a whole parquet file ({error}); copy it again")
+
+
+Reader = Callable[[Path, str, Report], Iterator[bytes]]
+
+FORMATS: dict[str, Reader] = {
+    ".txt": _read_txt,
+    ".txt.gz": _read_txt,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".parquet": _read_parquet,
+}
