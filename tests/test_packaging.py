@@ -29,7 +29,6 @@ def wheel(tmp_path_factory) -> Path:
     # the build backend that the project's own environment has: no network, seconds
     build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
     tree = tmp_path_factory.mktemp("tree") / "statezoo"
-    subprocess.run(["git", "-C", str(ROOT), "worktree", "list"], check=True, capture_output=True)
     copy_tracked(tree)
     python("-W", "ignore", "-c", build, str(out), cwd=tree)
     return next(out.glob("*.whl"))
@@ -37,10 +36,9 @@ def wheel(tmp_path_factory) -> Path:
 
 def copy_tracked(target: Path) -> None:
     """Copy the files that make the package, links as links, without what earlier builds left."""
-    names = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()  # fmt: skip
-    for name in names:
+    listing = ["git", "ls-files", "-co", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
         source, copy = ROOT / name, target / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_symlink():
