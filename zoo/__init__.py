@@ -8,11 +8,6 @@ import pkgutil
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-for _module in pkgutil.iter_modules(
-    __path__
-):  # every file that is there: mixers register themselves
-    importlib.import_module(f"{__name__}.{_module.name}")
-
 from statezoo.zoo.cache import cache_from_tensors, cache_to_tensors, detach, fork
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.mixer import MIXERS, Mixer, build_mixer, mixer_settings
@@ -31,6 +26,10 @@ __all__ = [
     "fork",
     "mixer_settings",
 ]
+
+# every file that is there: mixers register themselves
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
 
 AutoConfig.register("statezoo", StateZooConfig, exist_ok=True)
 AutoModel.register(StateZooConfig, StateZooModel, exist_ok=True)

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from statezoo.kernels.attention import KV, attention, empty
 from statezoo.kernels._varlen import segment_ids
+from statezoo.kernels.attention import KV, attention, empty
 from statezoo.zoo.mixer import Mixer, State, state_bytes
 
 
@@ -35,8 +35,8 @@ class Attention(Mixer):
     Raises:
         ValueError: If the width cannot be cut into heads, or a size is out of range.
 
-    Source: Vaswani et al., arXiv:1706.03762v7; rotary positions after Su et al., arXiv:2104.09864v5,
-    section 3.2, with channel ``i`` paired to ``i + K/2``.
+    Source: Vaswani et al., arXiv:1706.03762v7; rotary positions after Su et al.,
+    arXiv:2104.09864v5, section 3.2, with channel ``i`` paired to ``i + K/2``.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Attention(Mixer):
         kv_heads = n_kv_heads or n_heads
         if n_heads < 1 or d_model % n_heads or n_heads % kv_heads:
             raise ValueError(
-                f"attention: d_model={d_model} must be a multiple of n_heads={n_heads}, and that of "
-                f"n_kv_heads={kv_heads}."
+                f"attention: d_model={d_model} must be a multiple of n_heads={n_heads}, and that "
+                f"of n_kv_heads={kv_heads}."
             )
         if (window is not None and window < 1) or sinks < 0 or (sinks and window is None):
             raise ValueError(
-                f"attention: window must be at least 1, and sinks at least 0 and used with a window; "
+                f"attention: window must be at least 1, and sinks at least 0, with a window; "
                 f"got window={window}, sinks={sinks}."
             )
         K = d_model // n_heads

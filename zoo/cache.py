@@ -31,7 +31,7 @@ class RecurrentStateLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.state: State = None
         self.seen = 0
 
@@ -85,7 +85,7 @@ class RecurrentStateLayer(CacheLayerMixin):
             ValueError: Always.
         """
         raise ValueError(
-            "a recurrent state cannot be cropped: keep a fork from before, statezoo.zoo.fork(cache)."
+            "a recurrent state cannot be cropped: keep a fork from before, zoo.fork(cache)."
         )
 
     def offload(self) -> None:
@@ -134,13 +134,14 @@ def states_of(cache: Cache) -> list[RecurrentStateLayer]:
     Raises:
         TypeError: If it was made for another kind of model.
     """
-    layers = list(cache.layers)
-    for layer in layers:
+    layers = []
+    for layer in cache.layers:
         if not isinstance(layer, RecurrentStateLayer):
             raise TypeError(
                 f"the cache holds {type(layer).__name__}, not recurrent states: make it with "
                 "DynamicCache(config=net.config), or pass none and use_cache=True."
             )
+        layers.append(layer)
     return layers
 
 

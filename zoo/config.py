@@ -76,7 +76,7 @@ class StateZooConfig(PreTrainedConfig):
                 hint = f" (did you mean {other!r}?)" if other else suggestion(key, own)
                 raise ValueError(f"StateZooConfig has no key {key!r}{hint}.")
         self.resolve()
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def resolve(self) -> None:
         """Check all values again, and write out the settings of all parts.
@@ -110,5 +110,5 @@ class StateZooConfig(PreTrainedConfig):
         return [LAYER_TYPE] * self.n_layers
 
     def validate(self) -> None:
-        """Check all values, as transformers asks before it saves; its own list of layer types lacks ours."""
+        """Check all values; transformers asks before it saves, and lacks our layer type."""
         self.resolve()

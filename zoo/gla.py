@@ -80,10 +80,11 @@ class GLA(Mixer):
             nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, key // self.repeat)
         )
         widths = (key, key // self.repeat, value // self.repeat) if d_conv else ()
-        convs = [CausalConv(width, d_conv, backend=backend) for width in widths]
         self.conv_shapes = [(width, d_conv - 1) for width in widths]
-        for name, conv in zip(("q_conv1d", "k_conv1d", "v_conv1d"), convs, strict=False):
-            self.add_module(name, conv)
+        if d_conv:
+            self.q_conv1d, self.k_conv1d, self.v_conv1d = (
+                CausalConv(width, d_conv, backend=backend) for width in widths
+            )
         self.g_norm = nn.RMSNorm(value // n_heads, norm_eps)
         self.o_proj = nn.Linear(value, d_model, bias=False)
 

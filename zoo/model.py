@@ -1,6 +1,6 @@
 """The one skeleton: embedding, blocks of mixer and channel mixer, norm, head."""
 
-from typing import Any, ClassVar
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
@@ -55,9 +55,9 @@ class StateZooPreTrainedModel(PreTrainedModel):
     config: StateZooConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["Block"]
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["A_log", "dt_bias"]
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         """Give a module its initial values, children before parents."""
@@ -89,7 +89,8 @@ class StateZooPreTrainedModel(PreTrainedModel):
             kwargs.setdefault(
                 "ignore_mismatched_sizes", True
             )  # they are reported below, with names
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         faults = {
             "missing": sorted(info["missing_keys"]),
             "left over": sorted(info["unexpected_keys"]),
@@ -113,7 +114,7 @@ class StateZooModel(StateZooPreTrainedModel):
         config: Sizes and parts.
     """
 
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
 
     def __init__(self, config: StateZooConfig) -> None:
         config.resolve()
@@ -121,7 +122,7 @@ class StateZooModel(StateZooPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList([Block(config, mixer) for mixer in config.layer_mixers])
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the embedding."""
@@ -129,9 +130,9 @@ class StateZooModel(StateZooPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the embedding."""
-        self.embeddings = value
+        self.embeddings = cast(nn.Embedding, value)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -203,7 +204,8 @@ class StateZooModel(StateZooPreTrainedModel):
             if layer is None:
                 x, _ = block(x, None, cu_seqlens)
                 continue
-            state = block.mixer.initial_state(n, x) if layer.state is None else layer.state
+            mixer = cast(Mixer, block.mixer)
+            state = mixer.initial_state(n, x) if layer.state is None else layer.state
             x, state = block(x, state, cu_seqlens)
             layer.put(state, T)
         return [*streams, self.norm(x)]
@@ -221,15 +223,15 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
         torch.Size([1, 10])
     """
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embeddings.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: StateZooConfig) -> None:
         super().__init__(config)
         self.model = StateZooModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,

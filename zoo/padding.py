@@ -28,7 +28,7 @@ class Padding:
     def unpack(self, x: Tensor) -> Tensor:
         """Put ``x [1 n D]`` back to ``[B T D]``, zero where there is padding."""
         out = x.new_zeros(self.shape[0] * self.shape[1], x.shape[-1])
-        return out.index_copy(0, self.index, x[0]).unflatten(0, tuple(self.shape))
+        return out.index_copy(0, self.index, x[0]).view(*self.shape, -1)
 
 
 def find_padding(attention_mask: Tensor | None, B: int, T: int) -> Padding | None:

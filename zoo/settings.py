@@ -36,7 +36,8 @@ def check_type(key: str, value: Any, expected: Any) -> Any:
     except (TypeError, ValueError):
         wanted = expected.__name__ if isinstance(expected, type) else str(expected)
         raise TypeError(
-            f"{key}: expected {wanted.replace('typing.', '')}, got {type(value).__name__} {value!r}."
+            f"{key}: expected {wanted.replace('typing.', '')}, "
+            f"got {type(value).__name__} {value!r}."
         ) from None
     return value
 
@@ -48,9 +49,8 @@ def lookup(table: Mapping[str, type], name: str, kind: str) -> type:
         ValueError: If there is none of that name.
     """
     if name not in table:
-        raise ValueError(
-            f"no {kind} named {name!r}{suggestion(name, table)}; there are {', '.join(sorted(table))}."
-        )
+        known = ", ".join(sorted(table))
+        raise ValueError(f"no {kind} named {name!r}{suggestion(name, table)}; there are {known}.")
     return table[name]
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention over the whole past or a window of it: the baseline, and the layers of hybrids."""
+"""Softmax attention over the whole past or a window of it, for baselines and hybrids."""
 
 from typing import NamedTuple
 
@@ -30,7 +30,7 @@ class KV(NamedTuple):
 def empty(
     n: int, heads: int, K: int, V: int, like: Tensor, *, window: int | None = None, sinks: int = 0
 ) -> KV:
-    """Return the past of ``n`` sequences before their first token, in dtype and device of ``like``."""
+    """Return the past of ``n`` sequences before their first token; dtype and device of ``like``."""
     L = 0 if window is None else sinks + window - 1
     k, v = (like.new_zeros(n, L, heads, width) for width in (K, V))
     return KV(k, v, torch.zeros(n, dtype=torch.long, device=like.device))
@@ -182,8 +182,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int) -> N
     same = q.ndim == k.ndim == v.ndim == 4 and q.shape[:2] == k.shape[:2] == v.shape[:2]
     if not same or q.shape[3] != k.shape[3] or k.shape[2] != v.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            "attention needs q [B T H K], k [B T Hkv K] and v [B T Hkv V], H a multiple of Hkv; got "
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
+            "attention needs q [B T H K], k [B T Hkv K] and v [B T Hkv V], H a multiple of Hkv; "
+            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}."
         )
     if (window is not None and window < 1) or sinks < 0:
         raise ValueError(
@@ -196,6 +196,6 @@ def _check_past(k: Tensor, v: Tensor, past: KV, N: int, window: int | None, sink
     for x, y in ((past.k, k), (past.v, v)):
         if x.shape != (N, L, *y.shape[2:]) or past.length.shape != (N,):
             raise ValueError(
-                f"attention: past needs keys and values {(N, L, *y.shape[2:])} and length [{N}], got "
-                f"{tuple(x.shape)} and {list(past.length.shape)}: was it made with another window?"
+                f"attention: past needs keys and values {(N, L, *y.shape[2:])} and length [{N}], "
+                f"got {tuple(x.shape)} and {list(past.length.shape)}: another window?"
             )

@@ -1,5 +1,7 @@
 """Attention as printed, a token and a sequence at a time: the oracle."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, einsum
 
@@ -19,8 +21,7 @@ def run(
     if cu is not None:
         bounds = cu.tolist()
         parts = [
-            run(q[:, a:b], k[:, a:b], v[:, a:b], scale, window, sinks)
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            run(q[:, a:b], k[:, a:b], v[:, a:b], scale, window, sinks) for a, b in pairwise(bounds)
         ]
         return torch.cat(parts, 1)
     out, dtype = [], accumulator(q, k, v)

@@ -90,8 +90,8 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
     kind = StateZooConfig.get_config_dict(str(place), **hub)[0].get("model_type")
     if kind != "statezoo":
         raise ValueError(
-            f"{place} holds a model of type {kind!r}, not 'statezoo': load it with transformers, or "
-            "convert it first."
+            f"{place} holds a model of type {kind!r}, not 'statezoo': load it with transformers, "
+            "or convert it first."
         )
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("load executes no code from a checkpoint; leave trust_remote_code out.")
