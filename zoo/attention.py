@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from statezoo.kernels._varlen import segment_ids
 from statezoo.kernels.attention import KV, attention, empty
 from statezoo.zoo.mixer import Mixer, State, state_bytes
+from statezoo.zoo.norm import RMSNorm
 
 
 class AttentionState(NamedTuple):
@@ -71,8 +72,8 @@ class Attention(Mixer):
         self.q_proj = nn.Linear(d_model, d_model, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, kv_heads * K, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, kv_heads * K, bias=qkv_bias)
-        self.q_norm = nn.RMSNorm(K, 1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(K, 1e-6) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(K, 1e-6) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, 1e-6) if qk_norm else nn.Identity()
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(

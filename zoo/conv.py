@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from statezoo.kernels._dispatch import Backend
+from statezoo.kernels.causal_conv1d import causal_conv1d
 from statezoo.zoo import init
 
 
@@ -37,8 +38,6 @@ class CausalConv(nn.Module):
         self, x: Tensor, state: Tensor | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Convolve ``x [B T D]``, continuing from the inputs ``state [N D d_conv-1]``."""
-        from statezoo.kernels.causal_conv1d import causal_conv1d
-
         return causal_conv1d(
             x,
             self.weight[:, 0],

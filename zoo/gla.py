@@ -10,6 +10,7 @@ from statezoo.kernels._dispatch import Backend
 from statezoo.kernels.gated_linear_attention import gated_linear_attention
 from statezoo.zoo.conv import CausalConv
 from statezoo.zoo.mixer import Mixer, State, state_bytes
+from statezoo.zoo.norm import RMSNorm
 
 
 class GLAState(NamedTuple):
@@ -85,7 +86,7 @@ class GLA(Mixer):
             self.q_conv1d, self.k_conv1d, self.v_conv1d = (
                 CausalConv(width, d_conv, backend=backend) for width in widths
             )
-        self.g_norm = nn.RMSNorm(value // n_heads, norm_eps)
+        self.g_norm = RMSNorm(value // n_heads, norm_eps)
         self.o_proj = nn.Linear(value, d_model, bias=False)
 
     def forward(

@@ -14,6 +14,7 @@ from statezoo.zoo.channel import CHANNELS
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.loss import mean_loss, next_tokens
 from statezoo.zoo.mixer import Mixer, State, build_mixer
+from statezoo.zoo.norm import RMSNorm
 from statezoo.zoo.padding import find_padding
 from statezoo.zoo.settings import build
 
@@ -30,11 +31,11 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: StateZooConfig, mixer: dict[str, Any]) -> None:
         super().__init__()
-        self.mixer_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer: Mixer = build_mixer(mixer, config.d_model)
         self.channel: nn.Module | None = None
         if config.channel is not None:
-            self.channel_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+            self.channel_norm = RMSNorm(config.d_model, config.norm_eps)
             self.channel = build(CHANNELS, config.channel, config.d_model, "channel mixer")
 
     def forward(
@@ -121,7 +122,7 @@ class StateZooModel(StateZooPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList([Block(config, mixer) for mixer in config.layer_mixers])
-        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_input_embeddings(self) -> nn.Module:

@@ -1,0 +1,89 @@
+"""Tiny models of every mixer, of some hybrids, and of every shipped configuration."""
+
+from pathlib import Path
+
+import torch
+import yaml
+
+from statezoo.zoo import MIXERS, StateZooConfig, StateZooForCausalLM, mixer_settings
+
+WORDS, WIDTH = 11, 16
+SMALL = {  # sizes that keep a test quick, for whichever mixer has such a setting
+    "n_heads": 2,
+    "head_dim": 8,
+    "d_state": 4,
+    "gate_rank": 3,
+    "chunk": 4,
+}
+MORE = {  # settings beside the defaults
+    "gla-grouped": [{"name": "gla", "n_heads": 4, "n_kv_heads": 2, "expand_k": 1.0}],
+    "gla-conv": [{"name": "gla", "n_heads": 2, "d_conv": 4}],
+    "attention-window": [{"name": "attention", "n_heads": 2, "window": 3}],
+    "attention-sinks": [
+        {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "window": 2, "sinks": 2}
+    ],
+    "attention-nope": [{"name": "attention", "rope_base": None, "qkv_bias": True, "qk_norm": True}],
+    "hybrid": ["gla", {"name": "attention", "n_heads": 2}],
+    "hybrid-window": [{"name": "attention", "window": 3}, {"name": "gla", "d_conv": 2}],
+}
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def small(entry):
+    """A mixer with sizes for tests, otherwise as it is."""
+    entry = {"name": entry} if isinstance(entry, str) else dict(entry)
+    settings = mixer_settings(entry["name"])
+    return {key: size for key, size in SMALL.items() if key in settings} | entry
+
+
+def shipped():
+    """The mixers of every configuration in configs/ that describes a model."""
+    by_class = {mixer.__name__: name for name, mixer in MIXERS.items()} | {
+        "Transformer": "attention"
+    }
+    found = {}
+    for file in sorted(CONFIGS.rglob("*.yaml")):
+        model = (yaml.safe_load(file.read_text()) or {}).get("model")
+        if not isinstance(model, dict) or "class_path" not in model:
+            continue
+        name, given = model["class_path"].rpartition(".")[2], dict(model.get("init_args", {}))
+        entries = given.get("mixers", [])
+        if name in by_class:
+            own = mixer_settings(by_class[name])
+            entries = [{"name": by_class[name]} | {k: v for k, v in given.items() if k in own}]
+        entries = [{"name": e} if isinstance(e, str) else dict(e) for e in entries]
+        found[file.stem] = [e | {k: v for k, v in small(e["name"]).items()} for e in entries]
+    return found
+
+
+def cases():
+    """Mixers of each tiny model, by name."""
+    own = {n: [n] for n, m in MIXERS.items() if m.__module__.startswith("statezoo.zoo.")}
+    every = {**own, **MORE, **{f"configs/{n}": e for n, e in shipped().items() if e}}
+    return {name: [small(entry) for entry in entries] for name, entries in every.items()}
+
+
+CASES = cases()
+
+
+def make(case, dtype=torch.float64, n_layers=2, seed=0, **settings):
+    """A tiny model whose parameters are all away from zero, in evaluation mode."""
+    torch.manual_seed(seed)
+    mixers = CASES[case]
+    config = StateZooConfig(
+        vocab_size=WORDS,
+        d_model=WIDTH,
+        n_layers=max(n_layers, len(mixers)),
+        mixers=mixers,
+        **settings,
+    )
+    net = StateZooForCausalLM(config).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return net
+
+
+def tokens(B, T, seed=0):
+    """Random tokens."""
+    return torch.randint(WORDS, (B, T), generator=torch.Generator().manual_seed(seed))
