@@ -1,0 +1,279 @@
+"""What a run of ours writes and shows: checkpoints, loss curve, Hub folder, baselines."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from statezoo.lightning_modules.causal_lm import CausalLM
+from statezoo.lightning_modules.network import export, load_network
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return where the run writes: the logger's folder, else the trainer's root."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class ProgressBar(RichProgressBar):
+    """Lightning's rich progress bar, counted in optimiser steps where their number is known."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=4)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Batches until the last step, or those of an epoch."""
+        per_step, steps = self.trainer.accumulate_grad_batches, self.trainer.max_steps
+        return steps * per_step if steps > 0 else super().total_train_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        if self.trainer.max_steps > 0:
+            return f"Epoch {current_epoch}"
+        return super()._get_train_description(current_epoch)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count from the beginning of the run, not of the epoch."""
+        if trainer.max_steps > 0:
+            batch_idx = trainer.fit_loop.epoch_loop.total_batch_idx
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        """Leave out the number of the run."""
+        return {k: v for k, v in super().get_metrics(trainer, pl_module).items() if k != "v_num"}
+
+
+class ValidateLast(Callback):
+    """Let the last step of a run be followed by a validation, wherever the interval falls."""
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Ask to stop, which Lightning answers by validating first."""
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+
+
+class Checkpoints(Checkpoint):
+    """Keep the newest state of the run, ``last.ckpt``, and the one that validated best, ``best.ckpt``.
+
+    Either resumes the run exactly where it was.
+
+    Args:
+        every_n_steps: Optimiser steps between two writings of ``last.ckpt``; it is written at the
+            end of each epoch and of the run too.
+        monitor: Logged value that is to be small.
+        folder: Where to write; default is the run's folder.
+    """
+
+    def __init__(
+        self, every_n_steps: int = 100, monitor: str = "val/nll", folder: str | None = None
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoints.every_n_steps must be at least 1, got {every_n_steps}.")
+        self.every_n_steps, self.monitor, self.folder = every_n_steps, monitor, folder
+        self.best_score = math.inf
+        self.best_model_path = self.last_model_path = ""
+        self._saved_step = 0
+
+    def path(self, trainer: Trainer, name: str) -> str:
+        """Return where a checkpoint is written, the same on all processes."""
+        folder = self.folder or str(run_folder(trainer))
+        return str(Path(trainer.strategy.broadcast(folder)) / f"{name}.ckpt")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not write again what was just read."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write ``last.ckpt`` where it is time."""
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or trainer.should_stop or trainer.is_last_batch
+        if due and step > self._saved_step and not trainer.fast_dev_run:
+            self._saved_step = step
+            self.last_model_path = self.path(trainer, "last")
+            trainer.save_checkpoint(self.last_model_path, weights_only=False)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write ``best.ckpt`` where the value is the smallest so far."""
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if float(score) < self.best_score and not trainer.fast_dev_run:
+            self.best_score = float(score)
+            self.best_model_path = self.path(trainer, "best")
+            trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best value so far."""
+        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back the best value so far."""
+        self.best_score = state_dict["best_score"]
+        self.best_model_path = state_dict["best_model_path"]
+
+
+class LossCurve(Callback):
+    """Draw ``loss.png`` from the logger's ``metrics.csv`` at the end of a fit."""
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw, where there are numbers."""
+        source = run_folder(trainer) / "metrics.csv"
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        for logger in trainer.loggers:
+            logger.save()
+        if source.is_file():
+            draw_losses(source, source.with_name("loss.png"))
+
+
+def draw_losses(source: Path, target: Path) -> None:
+    """Draw the columns ``train/nll`` and ``val/nll`` of a CSV file over ``step``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with source.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, style in (("train/nll", "-"), ("val/nll", "o-")):
+        points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1)
+    axes.set(xlabel="optimiser step", ylabel="nats per token")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.savefig(target, dpi=120)
+
+
+class ExportHub(Callback):
+    """Write the best network and the tokenizer as a Hub folder at the end of a fit.
+
+    Args:
+        folder: Name of the folder inside the run's folder.
+    """
+
+    def __init__(self, folder: str = "export") -> None:
+        self.folder = folder
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, from the best checkpoint where there is one."""
+        if not isinstance(pl_module, CausalLM) or trainer.fast_dev_run:
+            return
+        if not trainer.is_global_zero:
+            return
+        target = run_folder(trainer) / self.folder
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        metrics = {
+            name: float(value)
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith("val/")
+        }
+        if best and Path(best).is_file():
+            net = load_network(best)
+            score = getattr(trainer.checkpoint_callback, "best_score", None)
+            metrics = {k: v for k, v in metrics.items() if score == metrics.get("val/nll")}
+        else:
+            net = pl_module.net
+        export(net, target, pl_module.tokenizer_files, extra=metrics or None)
+
+
+class WritePredictions(Callback):
+    """Write ``predictions.csv``: for each sequence its scored tokens and their nats."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, int, int, float]] = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the sums of each sequence."""
+        if not isinstance(outputs, dict) or "nll" not in outputs:
+            return
+        bounds = batch.get("cu_seqlens")
+        for number, (nll, scored) in enumerate(_sequences(outputs, bounds)):
+            self.rows.append((batch_idx, number, int(scored.sum()), float(nll.sum())))
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the file."""
+        if not self.rows:
+            return
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
+        with (folder / f"predictions{rank}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["batch", "sequence", "tokens", "nll_nats", "nll_per_token"])
+            for batch, sequence, tokens, nats in self.rows:
+                writer.writerow([batch, sequence, tokens, nats, nats / max(tokens, 1)])
+
+
+class CompareWithBaselines(Callback):
+    """Print bits per byte of the model beside those of simple models of the same split.
+
+    The data module says what they reach in ``baselines() -> {name: bits}``.
+    """
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the table, and write it as ``baselines.json``."""
+        data: Any = getattr(trainer, "datamodule", None)
+        name = f"val/bits_per_{getattr(pl_module, 'unit', 'byte')}"
+        if not trainer.is_global_zero or name not in trainer.callback_metrics:
+            return
+        if not hasattr(data, "baselines"):
+            return
+        ours = float(trainer.callback_metrics[name])
+        rows = {type(pl_module).__name__: ours} | dict(data.baselines())
+        table = Table("model", name, title="on the same validation text")
+        for label, bits in sorted(rows.items(), key=lambda row: -row[1]):
+            style = "bold" if label == type(pl_module).__name__ else ""
+            table.add_row(label, f"{bits:.3f}", style=style)
+        Console().print(table)
+        if (folder := run_folder(trainer)).is_dir():
+            (folder / "baselines.json").write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _sequences(outputs: dict[str, Tensor], bounds: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+    """Cut nats and scored flags into sequences: rows, or the parts of a packed one."""
+    nll, scored = outputs["nll"], outputs["scored"]
+    if bounds is None:
+        return list(zip(nll, scored, strict=True))
+    lengths = torch.diff(bounds).tolist()
+    return list(zip(nll[0].split(lengths), scored[0].split(lengths), strict=True))

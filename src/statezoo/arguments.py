@@ -1,0 +1,139 @@
+"""What the command line means before it is parsed: configs by name, models from checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from statezoo.commands import _walk
+from statezoo.parser import nearest, underscored
+
+KEYWORDS = ("best", "last", "hpc", "registry")
+"""What Lightning takes for ``ckpt_path`` besides paths."""
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Resolve names of configs and checkpoints, and take the model from a checkpoint.
+
+    Args:
+        arguments: The subcommand and what follows it.
+
+    Returns:
+        Arguments that the parser understands.
+
+    Raises:
+        ValueError: If a config or checkpoint does not exist.
+    """
+    command, *rest = underscored(arguments)
+    options = _Options(rest)
+    for name in ("--config", "-c"):
+        options.replace(name, find_config)
+    for name in ("--model", "--data"):
+        options.replace(name, lambda value: find_config(value) if _is_yaml(value) else value)
+    options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v)))
+    checkpoint = next(iter(options.values("--ckpt_path")), None)
+    if checkpoint and checkpoint not in KEYWORDS and not _names_model(options):
+        return [command, "--model", json.dumps(model_of(checkpoint)), *options.arguments]
+    return [command, *options.arguments]
+
+
+class _Options:
+    """Arguments in which the values of named options can be read and replaced."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = list(arguments)
+
+    def _places(self, name: str) -> list[tuple[int, str]]:
+        """Index and prefix of each value of an option: ``--x value`` or ``--x=value``."""
+        found = []
+        for i, argument in enumerate(self.arguments):
+            if argument == name and i + 1 < len(self.arguments):
+                found.append((i + 1, ""))
+            elif argument.startswith(f"{name}="):
+                found.append((i, f"{name}="))
+        return found
+
+    def values(self, name: str) -> list[str]:
+        return [self.arguments[i].removeprefix(prefix) for i, prefix in self._places(name)]
+
+    def replace(self, name: str, change: Any) -> None:
+        for i, prefix in self._places(name):
+            self.arguments[i] = prefix + change(self.arguments[i].removeprefix(prefix))
+
+    def given(self, name: str) -> bool:
+        return any(a == name or a.startswith((f"{name}=", f"{name}.")) for a in self.arguments)
+
+
+def _is_yaml(value: str) -> bool:
+    return value.endswith((".yaml", ".yml"))
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config: the user's file, else one that we ship.
+
+    Raises:
+        ValueError: If there is neither; names those that we ship.
+    """
+    if Path(name).is_file() or not _is_yaml(name):
+        if Path(name).is_file():
+            return name
+        name = f"{name}.yaml" if "." not in Path(name).name else name
+    from importlib.resources import files
+
+    shipped = {f.name: f for f in _walk(files("statezoo") / "configs") if f.name.endswith(".yaml")}
+    if name in shipped:
+        return str(shipped[name])
+    raise ValueError(
+        f"no config {name!r}{nearest(name, shipped)}; shipped are {', '.join(sorted(shipped))}"
+    )
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return a checkpoint: the file itself, or the best (else last) one of a run's folder.
+
+    In a folder of several runs the newest run is taken.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for name in ("best.ckpt", "last.ckpt"):
+            if (path / name).is_file():
+                return path / name
+        newest = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        if newest:
+            return find_checkpoint(newest[-1].parent)
+        raise ValueError(f"there is no .ckpt file in {str(path)!r}")
+    near = nearest(path.name, (f.name for f in path.parent.glob("*.ckpt")))
+    raise ValueError(f"there is no checkpoint {str(path)!r}{near}")
+
+
+def _names_model(options: _Options) -> bool:
+    """Say whether the command line or one of its configs names a model."""
+    if options.given("--model"):
+        return True
+    for name in ("--config", "-c"):
+        for file in options.values(name):
+            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+            if isinstance(content, dict) and "model" in content:
+                return True
+    return False
+
+
+def model_of(checkpoint: str) -> dict[str, Any]:
+    """Return class and arguments of the module that wrote a checkpoint.
+
+    The number of symbols is left to the data.
+    """
+    from statezoo.lightning_modules import checkpoint as ckpt
+
+    content = ckpt.read(checkpoint)
+    given = {k: v for k, v in content["hyper_parameters"].items() if k != "vocab_size"}
+    return {"class_path": ckpt.class_path(content, checkpoint), "init_args": given}

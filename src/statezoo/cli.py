@@ -1,0 +1,245 @@
+"""``statezoo fit | validate | test | predict``: LightningCLI with our models, data and defaults."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+import statezoo.datamodules as datamodules
+import statezoo.lightning_modules as lightning_modules
+from statezoo import arguments as args_
+from statezoo.lightning_modules import callbacks, checkpoint
+from statezoo.main import RUN
+from statezoo.parser import FriendlyErrors, fail
+
+DEFAULT_STEPS = 1000
+"""Optimiser steps where neither steps, epochs nor time are given."""
+
+TRAINER = {
+    "default_root_dir": "runs",
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": None,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
+class Parser(FriendlyErrors, LightningArgumentParser):
+    """LightningCLI's parser with short errors."""
+
+    def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **more: Any) -> Any:
+        """Remember of which part these are the settings."""
+        if nested_key is None and isinstance(theclass, type):
+            kinds = {LightningModule: "model", LightningDataModule: "data"}
+            found = [kind for base, kind in kinds.items() if issubclass(theclass, base)]
+            self.part = f"{found[0]} {theclass.__name__}" if found else ""
+        return super().add_class_arguments(theclass, nested_key, **more)
+
+    def known_words(self, where: str) -> Iterable[str]:
+        """Return names of classes where a class belongs, and of settings elsewhere."""
+        last = where.rpartition(".")[2]
+        if last == "model":
+            return lightning_modules.ARCHITECTURES
+        base = {"data": LightningDataModule, "callbacks": Callback, "logger": Logger}.get(last)
+        return super().known_words(where) if base is None else {c.__name__ for c in _below(base)}
+
+
+def _below(cls: type) -> Iterator[type]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from _below(sub)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Save the settings of a run beside its checkpoints: ``config.yaml``, or ``test.yaml`` etc."""
+
+    def __init__(self, parser: Any, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, overwrite=True, **kwargs)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Choose the name by what is run, so that a test never overwrites a fit's file."""
+        name = trainer.state.fn.value if trainer.state.fn else "config"
+        self.config_filename = "config.yaml" if name == "fit" else f"{name}.yaml"
+        super().setup(trainer, pl_module, stage)
+
+
+class StateZooCLI(LightningCLI):
+    """The command line of models and data."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        settings = {"parser_mode": "omegaconf+", "allow_abbrev": False}
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            trainer_defaults=TRAINER,
+            seed_everything_default=0,
+            parser_kwargs={"prog": "statezoo", **settings, **{name: settings for name in RUN}},
+            parser_class=Parser,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=list(arguments),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add our own groups, and let the data say how many symbols there are."""
+        parser.add_argument(
+            "--vars", type=dict[str, Any], default={}, help="Values for ${vars.x} in configs."
+        )
+        parser.add_argument(
+            "--name", type=str | None, help="Folder under runs/; default from model and data."
+        )
+        parser.add_lightning_class_args(callbacks.Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(callbacks.ExportHub, "export")
+        parser.link_arguments(
+            "data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate"
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; a wrong interpolation is told like any other mistake."""
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            self.config = parser.parse_args(args)
+        except OmegaConfBaseException as error:
+            key = re.sub(r"key '\.", "key '", str(error).partition(" (resolved")[0].splitlines()[0])
+            parser.error(key)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the settings as they were given; Lightning would let the checkpoint's win."""
+
+    def before_instantiate_classes(self) -> None:
+        """Fill in how long to train and how often to validate."""
+        trainer = self.config[self.subcommand].trainer
+        if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
+            trainer.max_steps = DEFAULT_STEPS
+        if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
+            if trainer.max_steps > 0:
+                parts = max(1, round(trainer.max_steps / 250))
+                interval = -(-trainer.max_steps // parts)
+                trainer.val_check_interval = interval * trainer.accumulate_grad_batches
+            else:
+                trainer.check_val_every_n_epoch = 1
+
+    def after_instantiate_classes(self) -> None:
+        """Compare the checkpoint with the model before anything is read into it."""
+        path = self.config[self.subcommand].get("ckpt_path")
+        if path and path not in args_.KEYWORDS:
+            check_checkpoint(self.model, path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the logger and callbacks that a run has by default."""
+        config = self.config_init[self.subcommand].trainer
+        if config.get("logger") in (None, True) and not config.fast_dev_run:
+            name = self.config[self.subcommand].name or (
+                f"{type(self.model).__name__}-{type(self.datamodule).__name__}".lower()
+            )
+            kwargs["logger"] = CSVLogger(config.default_root_dir or "runs", name=name)
+        return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
+        given = config.get("callbacks") or []
+        given = list(given) if isinstance(given, list) else [given]
+        if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
+            extra = []
+        extra += [callbacks.ValidateLast(), callbacks.LossCurve()]
+        if self.subcommand == "predict":
+            extra.append(callbacks.WritePredictions())
+        if config.get("enable_progress_bar") is not False:
+            extra.append(callbacks.ProgressBar())
+        config["callbacks"] = given
+        return super()._instantiate_trainer(config, extra)
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        folder = callbacks.run_folder(self.trainer)
+        if self.trainer.is_global_zero and (folder / "last.ckpt").is_file():
+            sys.stdout.write(
+                f"wrote {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}\n"
+                f'try  statezoo generate --ckpt {folder} --prompt "..."\n'
+            )
+
+
+def check_checkpoint(model: LightningModule, path: str) -> None:
+    """Raise where a checkpoint does not fit a model.
+
+    Raises:
+        CheckpointError: If it holds another architecture or shape; says which.
+    """
+    content = checkpoint.read(path)
+    has = checkpoint.class_path(content, path)
+    wanted = f"{type(model).__module__}.{type(model).__qualname__}"
+    if has != wanted:
+        raise checkpoint.CheckpointError(
+            f"{path!r} holds the architecture {has.rpartition('.')[2]}, not "
+            f"{type(model).__name__}: leave --model out, and it is taken from the checkpoint."
+        )
+    for key, value in content["hyper_parameters"].items():
+        if key not in ("optim", "pretrained", "backend") and model.hparams.get(key, value) != value:
+            raise checkpoint.CheckpointError(
+                f"{path!r} has {key} {value!r}, the model {model.hparams[key]!r}: leave the "
+                "setting out, or start a new run from the weights with --model.pretrained."
+            )
+
+
+def quiet() -> None:
+    """Silence advertisements and warnings about things that are as they should be."""
+    for message in (
+        ".*does not have many workers.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*exists and is not empty.*",
+        ".*`max_epochs` was not set.*",
+        ".*You defined a `validation_step` but have no.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run fit, validate, test or predict.
+
+    Raises:
+        SystemExit: With code 2 after a mistake of the user, 1 where training broke down.
+    """
+    quiet()
+    program = f"statezoo {arguments[0]}"
+    Parser.program = program
+    debug = bool(os.environ.get("STATEZOO_DEBUG"))
+    try:
+        StateZooCLI(args_.prepare(arguments))
+    except FloatingPointError as error:
+        if debug:
+            raise
+        fail(program, str(error), code=1)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if debug:
+            raise
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        fail(
+            program,
+            " ".join(str(cause).split()) or type(cause).__name__,
+            hint="STATEZOO_DEBUG=1 shows where",
+        )
+
+
+__all__ = ["StateZooCLI", "check_checkpoint", "datamodules", "lightning_modules", "run"]

@@ -1,0 +1,180 @@
+"""Commands of our own; they import torch only where they need it."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from statezoo.main import RUN
+from statezoo.parser import command_parser, fail, nearest, underscored
+
+
+def list_parts(pattern: str = "*") -> None:
+    """List architectures, data modules and shipped configs.
+
+    Args:
+        pattern: Show names that match, such as ``gla*``.
+    """
+    sections = {
+        "architectures (--model)": dict(architectures()),
+        "data (--data)": dict(_classes("datamodules", "LightningDataModule")),
+        "configs (--config)": dict(configs()),
+    }
+    for title, found in sections.items():
+        matching = {
+            name: text
+            for name, text in sorted(found.items())
+            if fnmatch.fnmatch(name.lower(), pattern.lower())
+        }
+        if matching:
+            width = max(map(len, matching))
+            lines = (f"  {name:<{width}}  {text}".rstrip() for name, text in matching.items())
+            sys.stdout.write("\n".join([title, *lines, ""]) + "\n")
+
+
+def architectures() -> Iterator[tuple[str, str]]:
+    """Yield the modules that mixers have, with their first line of documentation."""
+    for name, text in _classes("zoo", "Mixer"):
+        yield {"Attention": "Transformer"}.get(name, name), text
+    yield "Hybrid", "A stack of different mixers: the list of them repeats over the layers."
+
+
+def configs() -> Iterator[tuple[str, str]]:
+    """Yield the shipped configs, with their first comment."""
+    for file in _walk(files("statezoo") / "configs"):
+        if file.name.endswith(".yaml"):
+            first = file.read_text(encoding="utf-8").partition("\n")[0]
+            yield file.name, first.lstrip("# ") if first.startswith("#") else ""
+
+
+def _walk(folder: Traversable) -> Iterator[Traversable]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _walk(entry)
+        else:
+            yield entry
+
+
+def _classes(part: str, base: str) -> Iterator[tuple[str, str]]:
+    """Read classes off the source, without importing torch."""
+    for file in (files("statezoo") / part).iterdir():
+        if not file.name.endswith(".py"):
+            continue
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and base in {_last(b) for b in node.bases}:
+                text = ast.get_docstring(node) or ""
+                yield node.name, text.partition("\n")[0]
+
+
+def _last(base: ast.expr) -> str:
+    return ast.unparse(base).rpartition(".")[2]
+
+
+def train_tokenizer(*paths: str, out: str, vocab_size: int = 4096) -> None:
+    """Train a byte-level BPE tokenizer on text files or folders.
+
+    Args:
+        paths: Files or folders that ``--data Text`` reads.
+        out: Folder to write; ``--data.tokenizer FOLDER`` uses it.
+        vocab_size: Number of symbols, at least 257.
+    """
+    from statezoo.datamodules.tokenizers import train_bpe
+
+    tokenizer = train_bpe(paths, vocab_size, out)
+    sys.stdout.write(f"wrote {out}: {tokenizer.vocab_size} symbols\n")
+
+
+def export(ckpt: str, folder: str) -> None:
+    """Write a checkpoint as a folder for Hugging Face's AutoModelForCausalLM.
+
+    Args:
+        ckpt: Checkpoint, or the folder of a run.
+        folder: Folder to write.
+    """
+    from statezoo.arguments import find_checkpoint
+    from statezoo.lightning_modules.network import export_checkpoint
+
+    export_checkpoint(find_checkpoint(ckpt), folder)
+    sys.stdout.write(f"wrote {folder}\n")
+
+
+def generate(
+    *,
+    prompt: str = "",
+    ckpt: str | None = None,
+    model: str | None = None,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    n: int = 1,
+    device: str = "cpu",
+) -> None:
+    """Continue a prompt.
+
+    Args:
+        prompt: Text to go on from.
+        ckpt: Checkpoint, folder of a run, or exported folder.
+        model: Exported folder or name on the Hub, instead of ``ckpt``.
+        max_new_tokens: Tokens to write.
+        seed: The same seed gives the same text.
+        temperature: 0 takes the likeliest token, 1 draws from the model's probabilities.
+        top_k: Draw from this many likeliest tokens; 0 from all.
+        top_p: Draw from the likeliest tokens that have this much probability together.
+        n: Number of continuations.
+        device: Where to run: cpu, cuda, mps.
+    """
+    from statezoo.generate import continuations
+
+    if (ckpt is None) == (model is None):
+        raise ValueError("generate needs --ckpt or --model, one of the two.")
+    texts = continuations(
+        str(ckpt or model),
+        prompt,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        n=n,
+        device=device,
+    )
+    for number, text in enumerate(texts, 1):
+        sys.stdout.write((f"--- {number} ---\n" if n > 1 else "") + text + "\n")
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "generate": generate,
+    "export": export,
+    "list": list_parts,
+    "tokenizer train": train_tokenizer,
+}
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run one of our commands.
+
+    Raises:
+        SystemExit: With code 2 after a mistake of the user.
+    """
+    words = 2 if arguments[0] == "tokenizer" else 1
+    name = " ".join(arguments[:words])
+    if name not in COMMANDS:
+        known = [*RUN, *COMMANDS]
+        fail("statezoo", f"no command {name!r}{nearest(name, known)}", "statezoo --help lists them")
+    program = f"statezoo {name}"
+    command = COMMANDS[name]
+    given: dict[str, Any] = (
+        command_parser(command, program).parse_args(underscored(arguments[words:])).as_dict()
+    )
+    several = given.pop("paths", [])
+    try:
+        command(*several, **given)
+    except (ValueError, OSError) as error:
+        fail(program, str(error) or type(error).__name__)

@@ -1,0 +1,55 @@
+"""The ``statezoo`` command: light commands answer at once, the others import Lightning first."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+RUN = ("fit", "validate", "test", "predict")
+OVERVIEW = """\
+statezoo: sequence models with a fixed-size recurrent state
+
+usage: statezoo COMMAND [settings]
+
+  fit         train a model:      statezoo fit --model GLA --data Text
+  validate    score a checkpoint: statezoo validate --ckpt_path runs/.../best.ckpt --data Text
+  test        the same on the test split
+  predict     write the likelihood of each sequence to predictions.csv
+  generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
+  export      write a checkpoint as a Hugging Face folder
+  tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER
+  list        architectures, data and shipped configs
+
+  statezoo COMMAND --help                 settings of a command
+  statezoo fit --model.help GLA           settings of an architecture
+  statezoo fit --data.help Text           settings of a data module
+  statezoo fit --config gla.yaml          a shipped config, from any folder
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: What follows the program's name; default from the shell.
+
+    Raises:
+        SystemExit: With code 2 after a mistake of the user, told on standard error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] in ("-h", "--help", "help"):
+        sys.stdout.write(OVERVIEW)
+        return
+    if given[0] == "--version":
+        from importlib.metadata import version
+
+        sys.stdout.write(f"statezoo {version('statezoo')}\n")
+        return
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for --model my_file.MyModel; last, so as to hide nothing
+    if given[0] in RUN:
+        from statezoo.cli import run
+    else:
+        from statezoo.commands import run
+    run(given)
