@@ -10,7 +10,7 @@ MAY_IMPORT = {
     "kernels": {"kernels"},
     "zoo": {"kernels", "zoo"},
     "datamodules": {"datamodules"},
-    "lightning_modules": {"kernels", "zoo", "lightning_modules", "hub"},
+    "lightning_modules": {"kernels", "zoo", "datamodules", "lightning_modules", "hub"},
 }
 FILES = [f for folder in MAY_IMPORT for f in sorted((ROOT / folder).rglob("*.py"))]
 
