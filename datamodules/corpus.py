@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -146,7 +147,7 @@ def read_text(source: Source, max_bytes: int | None = None) -> RawText:
 
     def write(folder: Path) -> None:
         report, out = Report(), _Writer(folder / "text.npy", np.uint8)
-        bounds, splits, hashes = [0], [], []
+        bounds, splits, hashes = array("q", [0]), array("B"), array("Q")
         for text, split in source.documents(report):
             if max_bytes is not None:
                 text = _head(text, max_bytes - out.size)
@@ -188,7 +189,7 @@ def tokenize(raw: RawText, bounds: NDArray[np.int64], tokenizer: Tokenizer) -> T
     def write(folder: Path) -> None:
         ids = _Writer(folder / "ids.npy", tokenizer.dtype)
         lengths = _Writer(folder / "lengths.npy", np.uint32)
-        starts = [0]
+        starts = array("q", [0])
         for piece in cut_text(raw, bounds):
             values, sizes = tokenizer.encode_document(piece)
             ids.add(values)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from statezoo.datamodules.batch import Batch
@@ -20,20 +21,6 @@ from statezoo.datamodules.packing import Windows
 __all__ = ["SeekableLoader"]
 
 Index = tuple[int, list[int]]
-
-
-class _Remaining:
-    """Indices of the batches from the loader's position to the end of its pass."""
-
-    def __init__(self, loader: SeekableLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Index]:
-        for n in range(self.loader.done, self.loader.pass_end):
-            yield self.loader.index(n)
-
-    def __len__(self) -> int:
-        return self.loader.pass_end - self.loader.done
 
 
 class SeekableLoader:
@@ -76,6 +63,7 @@ class SeekableLoader:
             )
         self.windows, self.batch_size = windows, batch_size
         self.shuffle, self.seed = shuffle, seed
+        self.num_workers = num_workers
         self.rank, self.world_size = rank, world_size
         self.epoch_length = -(-len(windows) // (batch_size * world_size))
         self.length = self.epoch_length
@@ -83,16 +71,7 @@ class SeekableLoader:
         """Batches handed out since the run began."""
         self.pass_end = self.done
         self._resumed = False
-        self._order: tuple[int, int, list[int]] | None = None
-        self._loader: DataLoader[Batch] = DataLoader(
-            windows,  # type: ignore[arg-type]  # indexed by pairs, not numbers
-            batch_size=None,
-            sampler=_Remaining(self),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(seed),  # leaves the global one alone
-        )
+        self._order: tuple[int, int, NDArray[np.int64]] | None = None
 
     def __len__(self) -> int:
         return self.length
@@ -102,7 +81,16 @@ class SeekableLoader:
             self.done = self.done if self.shuffle else 0
             self.pass_end = self.done + self.length
         self._resumed = False
-        for batch in self._loader:
+        # Not persistent workers: those would outlive a pass that is left before its end.
+        reader: DataLoader[Batch] = DataLoader(
+            self.windows,  # type: ignore[arg-type]  # indexed by pairs, not by numbers
+            batch_size=None,
+            sampler=map(self.index, range(self.done, self.pass_end)),
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
+        )
+        for batch in reader:
             self.done += 1
             yield batch
 
@@ -122,18 +110,19 @@ class SeekableLoader:
             self._order = (epoch, *self._epoch_order(epoch))
         _, shift, order = self._order
         size = self.batch_size * self.world_size
-        return shift, order[position * size : (position + 1) * size][self.rank :: self.world_size]
+        part = order[position * size : (position + 1) * size][self.rank :: self.world_size]
+        return shift, part.tolist()
 
-    def _epoch_order(self, epoch: int) -> tuple[int, list[int]]:
+    def _epoch_order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
         """Where the stream begins in this epoch, and its windows in reading order."""
-        count, shift, order = len(self.windows), 0, range(len(self.windows))
+        count = len(self.windows)
         missing = -count % self.world_size
         if not self.shuffle:
-            return shift, [*order, *[-1] * missing]
+            return 0, np.concatenate([np.arange(count), np.full(missing, -1)])
         rng = np.random.default_rng([self.seed, epoch])
         shift = int(rng.integers(self.windows.size))
-        shuffled: list[int] = rng.permutation(count).tolist()
-        return shift, shuffled + (shuffled * missing)[:missing]
+        order = rng.permutation(count)
+        return shift, np.concatenate([order, np.resize(order, missing)])
 
     def state_dict(self) -> dict[str, Any]:
         """Position as plain numbers, the same on every rank."""

@@ -7,6 +7,7 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -89,6 +90,7 @@ class Embedded:
                 yield Document(("\n\n".join(kept) + "\n").encode())
 
 
+@cache
 def _docstrings() -> dict[str, str]:
     """Docstrings of the top-level modules of the standard library, by module."""
     found: dict[str, str] = {}
@@ -207,7 +209,6 @@ class HubDataset:
     def __init__(self, name: str, text_field: str) -> None:
         from huggingface_hub import HfApi
 
-        require("datasets", f"Reading the dataset {name}")
         self.name, self.text_field = name, text_field
         self.repository, _, self.config = name.partition(":")
         try:
@@ -218,6 +219,7 @@ class HubDataset:
                 f"{name!r} is neither a file or folder here nor a dataset that the Hub would "
                 f"give ({type(error).__name__}: {reason})."
             ) from error
+        require("datasets", f"Reading the dataset {name}")
 
     def fingerprint(self) -> str:
         """Hash of the name and of the revision that is read."""
@@ -245,7 +247,7 @@ def _rows(data: Any, place: str, text_field: str, report: Report) -> Iterator[Do
             yield Document(text, split)
 
 
-def source_for(path: str | None, text_field: str = "text") -> Source:
+def source_for(path: str | Path | None, text_field: str = "text") -> Source:
     """The reader for ``path``; None is the embedded text.
 
     Raises:
@@ -261,10 +263,11 @@ def source_for(path: str | None, text_field: str = "text") -> Source:
         return SavedDataset(place, text_field)
     if place.exists():
         return Files(place, text_field)
-    if HUB_NAME.fullmatch(path) and not path.startswith(".") and not suffix_of(place):
-        return HubDataset(path, text_field)
+    name = str(path)
+    if HUB_NAME.fullmatch(name) and not name.startswith(".") and not suffix_of(place):
+        return HubDataset(name, text_field)
     near = next(parent for parent in place.absolute().parents if parent.is_dir())
     raise FileNotFoundError(
-        f"No file or folder {path!r} ({near} exists): give a file ending in "
+        f"No file or folder {name!r} ({near} exists): give a file ending in "
         f"{', '.join(FORMATS)}, a folder of them, or a dataset on the Hub as org/name."
     )

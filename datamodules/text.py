@@ -14,7 +14,12 @@ from statezoo.datamodules.ngram import baselines
 from statezoo.datamodules.packing import Windows
 from statezoo.datamodules.readers import source_for
 from statezoo.datamodules.splitting import split_text
-from statezoo.datamodules.tokenizers import Characters, Tokenizer, load_tokenizer
+from statezoo.datamodules.tokenizers import (
+    Characters,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_state,
+)
 
 __all__ = ["Text"]
 
@@ -37,8 +42,8 @@ class Text(LightningDataModule):
             sub-folders), a folder written by ``Dataset.save_to_disk``, or the name of a Hub
             dataset, ``org/name`` or ``org/name:config``, which is streamed. Default: the Python
             language reference that ships with the interpreter.
-        tokenizer: ``bytes``, ``characters``, a ``tokenizer.json``, a folder with one, or a
-            tokenizer on the Hub.
+        tokenizer: ``bytes``, ``characters`` (those of the text), a ``tokenizer.json``, a folder
+            with one, the .ckpt of an earlier run, or a tokenizer on the Hub.
         seq_len: Tokens per window.
         batch_size: Windows per batch and process.
         packing: ``stream`` lets the state run on from one document to the next within a window,
@@ -46,8 +51,8 @@ class Text(LightningDataModule):
             ``cu_seqlens``.
         val_fraction: Part of the text to validate on, whole documents where they allow it.
         test_fraction: Part of the text to test on.
-        val_context: Tokens at the begin of each validation window that repeat the one before and
-            are not scored, so that no token is predicted from a cold start.
+        val_context: Tokens at the beginning of each validation window that repeat the end of the
+            one before and are not scored, so that the others are predicted from a warm state.
         text_field: Field of .jsonl, .parquet and datasets that holds the text.
         max_bytes: Stop reading after this much text; default all.
         seed: Draws the held-out documents and the order of training.
@@ -77,34 +82,14 @@ class Text(LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("seq_len", seq_len, 1),
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("seed", seed, 0),
-            ("max_bytes", max_bytes, 2),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"Text needs {name} of at least {least}, got {value}.")
-        if packing not in ("documents", "stream"):
-            raise ValueError(f"Text needs packing 'documents' or 'stream', got {packing!r}.")
-        if not (val_fraction > 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-            raise ValueError(
-                "Text needs val_fraction above 0, test_fraction at least 0 and some text left to "
-                f"train on, got val_fraction={val_fraction}, test_fraction={test_fraction}."
-            )
-        if not 0 <= val_context < seq_len:
-            raise ValueError(
-                f"Text needs 0 <= val_context < seq_len={seq_len}, got val_context={val_context}."
-            )
         self.path, self.text_field, self.max_bytes = path, text_field, max_bytes
         self.seq_len, self.batch_size, self.packing = seq_len, batch_size, packing
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.val_context, self.seed, self.num_workers = val_context, seed, num_workers
+        self._check_settings()
         self.source = source_for(path, text_field)
         self._raw: RawText | None = None
         self._windows: dict[str, Windows] = {}
-        self._tokenizer_name = tokenizer
         self._tokenizer = None if tokenizer == Characters.kind else load_tokenizer(tokenizer)
 
     @property
@@ -129,31 +114,32 @@ class Text(LightningDataModule):
         if self._windows:
             return
         raw = self._read()
-        if self.trainer is None or self.trainer.is_global_zero:
-            self._tell(raw)
+        if self._tells():
+            for line in raw.skipped[:20]:
+                log.warning(f"skipped {line}")
+            if len(raw.skipped) > 20:
+                log.warning(f"skipped {len(raw.skipped) - 20} more")
         tokens, labels = self._tokens()
         segments = np.stack([tokens.bounds[:-1], tokens.bounds[1:]], axis=1)
-        sizes = {
-            name: int(np.diff(segments[labels == number]).sum())
-            for number, name in enumerate(SPLITS)
-        }
+        parts = {name: segments[labels == number] for number, name in enumerate(SPLITS)}
+        sizes = {name: int(np.diff(part).sum()) for name, part in parts.items()}
         if not (sizes["train"] and sizes["val"]):
             raise ValueError(
                 f"{self.source.name} leaves {sizes['train']} tokens to train on and "
                 f"{sizes['val']} to validate on: add text, or change val_fraction."
             )
         seq_len = min(self.seq_len, sizes["train"])
-        if seq_len < self.seq_len:
+        if seq_len < self.seq_len and self._tells():
             log.warning(
-                "%s has only %d tokens to train on: windows are %d long instead of seq_len=%d; "
-                "add text for results that mean something.",
-                self.source.name, sizes["train"], seq_len, self.seq_len,
-            )  # fmt: skip
-        for number, name in enumerate(SPLITS):
+                f"{self.source.name} has only {sizes['train']} tokens to train on: windows are "
+                f"{seq_len} long instead of seq_len={self.seq_len}; add text for results that "
+                "mean something."
+            )
+        for name, part in parts.items():
             if sizes[name]:
                 self._windows[name] = Windows(
                     tokens.ids,
-                    segments[labels == number],
+                    part,
                     seq_len=seq_len,
                     bos_id=self.tokenizer.bos_id,
                     packed=self.packing == "documents",
@@ -189,9 +175,14 @@ class Text(LightningDataModule):
         pieces = zip(cut_text(raw, bounds), labels, strict=True)
         return b"".join(piece for piece, label in pieces if SPLITS[label] == split)
 
-    def baselines(self) -> dict[str, float]:
-        """Bits per byte that classical methods need on the validation split."""
-        return baselines(self.raw("train"), self.raw("val"))
+    def baselines(self, limit: int = 5_000_000) -> dict[str, float]:
+        """Bits per byte that classical methods need on the validation split.
+
+        Args:
+            limit: Bytes of each split that are used, from its beginning; a training split that
+                is longer makes the baselines weaker than they could be.
+        """
+        return baselines(self.raw("train")[:limit], self.raw("val")[:limit])
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint alone can read and write text."""
@@ -203,11 +194,34 @@ class Text(LightningDataModule):
         Raises:
             ValueError: If it was not: its ids would mean other text.
         """
-        if state_dict["tokenizer"] != self.tokenizer.state_dict():
+        saved = tokenizer_from_state(state_dict["tokenizer"])
+        if saved.fingerprint != self.tokenizer.fingerprint:
             raise ValueError(
-                f"The checkpoint was made with another tokenizer than {self._tokenizer_name!r} "
-                f"(now {self.vocab_size} ids): use the tokenizer of the checkpoint, saved beside "
-                "it or in its export."
+                f"The checkpoint was made with another tokenizer ({saved.kind}, {saved.vocab_size} "
+                f"ids) than this data has ({self.tokenizer.kind}, {self.vocab_size} ids): set "
+                "tokenizer to the checkpoint's own file, PATH.ckpt."
+            )
+
+    def _check_settings(self) -> None:
+        for name, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"Text needs {name} of at least {least}, got {getattr(self, name)}."
+                )
+        if self.max_bytes is not None and self.max_bytes < 2:
+            raise ValueError(f"Text needs max_bytes of at least 2, got {self.max_bytes}.")
+        if self.packing not in ("documents", "stream"):
+            raise ValueError(f"Text needs packing 'documents' or 'stream', got {self.packing!r}.")
+        val, test = self.val_fraction, self.test_fraction
+        if not (val > 0 and test >= 0 and val + test < 1):
+            raise ValueError(
+                "Text needs val_fraction above 0, test_fraction at least 0 and some text left to "
+                f"train on, got val_fraction={val}, test_fraction={test}."
+            )
+        if not 0 <= self.val_context < self.seq_len:
+            raise ValueError(
+                f"Text needs 0 <= val_context < seq_len={self.seq_len}, "
+                f"got val_context={self.val_context}."
             )
 
     def _read(self) -> RawText:
@@ -243,8 +257,6 @@ class Text(LightningDataModule):
             loader.limit(trainer.limit_train_batches)
         return loader
 
-    def _tell(self, raw: RawText) -> None:
-        for line in raw.skipped[:20]:
-            log.warning("skipped %s", line)
-        if len(raw.skipped) > 20:
-            log.warning("skipped %d more", len(raw.skipped) - 20)
+    def _tells(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.trainer is None or bool(self.trainer.is_global_zero)

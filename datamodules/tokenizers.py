@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +96,20 @@ class Tokenizer(ABC):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in self.state_dict().items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def _blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
+    """``text`` in parts of bounded length, ended where a line or at least a word does.
+
+    The library needs some hundred bytes of memory per token while it encodes a part.
+    """
+    start = 0
+    while len(text) - start > size:
+        near, far = start + size // 2, start + size
+        cut = text.rfind("\n", near, far) + 1 or max(text.rfind(" ", near, far), 0) or far
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
 
 
 def _byte_symbols() -> list[str]:
@@ -222,7 +237,11 @@ class BPE(Tokenizer):
 
         Bytes that no token covers (dropped white space, say) count with the token after them.
         """
-        decoded = text.decode("utf-8", "replace")
+        blocks = [self._encode_block(block) for block in _blocks(text.decode("utf-8", "replace"))]
+        ids, lengths = zip(*blocks, strict=True)
+        return np.concatenate(ids), np.concatenate(lengths)
+
+    def _encode_block(self, decoded: str) -> tuple[NDArray[Any], NDArray[np.uint32]]:
         encoding = self._backend.encode(decoded, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=self.dtype)
         if not len(ids):
@@ -276,8 +295,25 @@ def tokenizer_from_state(state: dict[str, str]) -> Tokenizer:
     return BPE.from_state(state)
 
 
+def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
+    """The tokenizer that ``Text`` left in a Lightning checkpoint.
+
+    Raises:
+        ValueError: If the checkpoint was not made with ``Text``.
+    """
+    import torch
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = checkpoint.get("Text", {})
+    if "tokenizer" not in saved:
+        raise ValueError(f"{path} holds no tokenizer: it was not made with the data module Text.")
+    return tokenizer_from_state(saved["tokenizer"])
+
+
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Tokenizer from ``"bytes"``, a ``tokenizer.json``, a tokenizer folder, or a Hub name.
+
+    The checkpoint of a run, ``PATH.ckpt``, gives the tokenizer of that run.
 
     Raises:
         ValueError: If ``source`` is none of them.
@@ -285,6 +321,8 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if source == Bytes.kind:
         return Bytes()
     path = Path(source)
+    if path.suffix == ".ckpt" and path.is_file():
+        return tokenizer_from_checkpoint(path)
     file = path / TOKENS_FILE if path.is_dir() else path
     if file.is_file():
         config = file.with_name(CONFIG_FILE)
@@ -349,7 +387,11 @@ def train_bpe(paths: Sequence[str | Path], vocab_size: int, out: str | Path) -> 
     )
     sources, report = [source_for(str(path)) for path in paths], Report()
     texts = (doc.text.decode() for source in sources for doc in source.documents(report))
-    backend.train_from_iterator(texts, trainer)
+    first = next(texts, None)
+    if first is None:
+        reasons = "".join(f"\n  {line}" for line in report[:10])
+        raise ValueError(f"No text in {', '.join(map(str, paths))}: add some.{reasons}")
+    backend.train_from_iterator(chain([first], texts), trainer)
     tokenizer = BPE(backend, END_OF_TEXT, {"eos_token": END_OF_TEXT})
     tokenizer.save(out)
     return tokenizer
