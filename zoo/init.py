@@ -14,6 +14,24 @@ def keep(module: Module) -> Module:
     return module
 
 
+def linear(d_in: int, d_out: int, bias: bool) -> nn.Linear:
+    """Make a linear layer that keeps torch's own weights, as those of Mamba do; bias 0."""
+    layer = keep(nn.Linear(d_in, d_out, bias=bias))
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def scale_by_depth(output: nn.Linear, n_layers: int) -> None:
+    """Draw the weights of a mixer's output as torch does, over the root of the depth.
+
+    Source: Radford et al., GPT-2, section 2.3; as in Mamba's code.
+    """
+    nn.init.kaiming_uniform_(output.weight, a=5**0.5)
+    with torch.no_grad():
+        output.weight.div_(n_layers**0.5)
+
+
 def A_log(n_heads: int, low: float = 1.0, high: float = 16.0) -> Tensor:
     """Draw ``log A [n_heads]``, ``A`` uniform in ``[low, high)``; decay is ``exp(-A * dt)``.
 

@@ -11,7 +11,6 @@ from statezoo.kernels.selective_scan import selective_scan
 from statezoo.zoo import init
 from statezoo.zoo.conv import CausalConv
 from statezoo.zoo.mixer import Mixer, State, state_bytes
-from statezoo.zoo.signed_scan import signed_scan
 
 
 class MambaState(NamedTuple):
@@ -42,8 +41,7 @@ class Mamba(Mixer):
         conv_bias: Whether the convolution has a bias.
         negative_eigenvalues: Whether the decay is ``2 exp(dt A) - 1``, in (-1, 1), instead of
             ``exp(dt A)``: a memory may then flip its sign, as counting modulo 2 needs.
-        backend: Implementation of convolution and recurrence (of the convolution alone with
-            ``negative_eigenvalues``).
+        backend: Implementation of convolution and recurrence.
 
     Raises:
         ValueError: If a size is below 1, or the range of step sizes is empty.
@@ -74,23 +72,18 @@ class Mamba(Mixer):
                 f"mamba: expand * d_model = {E}, dt_rank={R}, d_state={d_state} and d_conv={d_conv}"
                 f" must be at least 1, and 0 < dt_min={dt_min} <= dt_max={dt_max}."
             )
-        self.widths, self.negative, self.backend = (
-            (R, d_state, d_state),
-            negative_eigenvalues,
-            backend,
-        )
-        self.in_proj = init.keep(nn.Linear(d_model, 2 * E, bias=bias))
+        self.widths = (R, d_state, d_state)
+        self.negative, self.backend = negative_eigenvalues, backend
+        self.in_proj = init.linear(d_model, 2 * E, bias)
         self.conv1d = CausalConv(E, d_conv, bias=conv_bias, backend=backend)
-        self.x_proj = init.keep(nn.Linear(E, R + 2 * d_state, bias=False))
+        self.x_proj = init.linear(E, R + 2 * d_state, False)
         self.dt_proj = init.keep(nn.Linear(R, E))
         self.A_log = nn.Parameter(init.A_log_s4d(E, d_state))
         self.D = nn.Parameter(torch.ones(E))
-        self.out_proj = init.keep(nn.Linear(E, d_model, bias=bias))
+        self.out_proj = init.linear(E, d_model, bias)
         with torch.no_grad():
             self.dt_proj.weight.uniform_(-(R**-0.5), R**-0.5)
             self.dt_proj.bias.copy_(init.dt_bias(E, dt_min, dt_max))
-            for linear in (self.in_proj, self.out_proj) if bias else ():
-                linear.bias.zero_()
 
     def forward(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
@@ -101,32 +94,21 @@ class Mamba(Mixer):
         u, conv = self.conv1d(u, conv, cu_seqlens)
         r, B, C = self.x_proj(u).split(self.widths, -1)
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 steps would be off by 1 %
-            dt = F.softplus(at_least_float32(self.dt_proj(r.to(self.dt_proj.weight.dtype))))
-        A = -at_least_float32(self.A_log).exp()
-        if self.negative:
-            y, S = signed_scan(u, dt, A, B, C, self.D, S, cu_seqlens)
-        else:
-            y, S = selective_scan(
-                u, dt, A, B, C, self.D,
-                initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend,
-            )  # fmt: skip
+            dt = self.dt_proj(r.to(self.dt_proj.weight.dtype))
+        acc = torch.promote_types(dt.dtype, torch.float32)
+        dt, A = F.softplus(dt.to(acc)), -self.A_log.to(acc).exp()
+        y, S = selective_scan(
+            u, dt, A, B, C, self.D, negative_eigenvalues=self.negative,
+            initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend,
+        )  # fmt: skip
         return self.out_proj(y * F.silu(z)), MambaState(S, conv)
 
     def reset_parameters(self, n_layers: int) -> None:
         """Shrink the output by the root of the depth, as every layer adds to the stream."""
-        self.out_proj.reset_parameters()
-        with torch.no_grad():
-            self.out_proj.weight.div_(n_layers**0.5)
-            if self.out_proj.bias is not None:
-                self.out_proj.bias.zero_()
+        init.scale_by_depth(self.out_proj, n_layers)
 
     def state_size(self, T: int) -> int:
         """Return the bytes of state of one sequence, whatever ``T``."""
         E, d_state = self.A_log.shape
         dtype = torch.promote_types(self.in_proj.weight.dtype, torch.float32)
         return state_bytes(E, d_state + self.conv1d.weight.shape[-1] - 1, dtype=dtype)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Widen ``x`` for steps and decays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
