@@ -100,7 +100,7 @@ def attention(
         o, present = _fresh(q, k, v, scale, window, sinks), None
     else:
         o = _continue(q, k, v, past, scale, window, sinks)
-        present = _keep(past, k, v, past.length + lengths, window, sinks)
+        present = _keep(past, k, v, past.length + lengths, window, sinks, ragged=True)
     return o[own, torch.arange(T, device=q.device) - cu[own]][None], present
 
 
@@ -156,12 +156,19 @@ def _continue(
     return _softmax(q, k, v, scale, mask[:, None])
 
 
-def _keep(past: KV, k: Tensor, v: Tensor, total: Tensor, window: int | None, sinks: int) -> KV:
-    """Return what the next call needs of the past and the new, right-padded tokens."""
+def _keep(
+    past: KV,
+    k: Tensor,
+    v: Tensor,
+    total: Tensor,
+    window: int | None,
+    sinks: int,
+    ragged: bool = False,
+) -> KV:
+    """Return what the next call needs of the past and the new tokens, right-padded if ragged."""
     P, T = past.k.shape[1], k.shape[1]
     k, v = torch.cat([past.k.to(k.dtype), k], 1), torch.cat([past.v.to(v.dtype), v], 1)
-    full = window is None
-    if full and bool(total.shape[0] == 0 or torch.equal(total - past.length, total * 0 + T)):
+    if window is None and not ragged:
         return KV(k, v, total)
     L = int(total.max()) if window is None else window - 1
     position = total[:, None] - L + torch.arange(L, device=k.device)  # [N L]

@@ -81,11 +81,11 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
     """
     from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
-    place = Path(path_or_id)
+    place, given = Path(path_or_id), str(path_or_id)
     if place.is_dir():
         _check_folder(place)
-    elif place.exists() or len(place.parts) > 2 or place.is_absolute() or str(place)[:1] in ".~":
-        raise FileNotFoundError(f"{place} is not a folder, and no Hub id is written like this.")
+    elif place.exists() or given.count("/") > 1 or place.is_absolute() or given[:1] in (".", "~"):
+        raise FileNotFoundError(f"{given} is not a folder, and no Hub id is written like this.")
     hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if key in kwargs}
     kind = StateZooConfig.get_config_dict(str(place), **hub)[0].get("model_type")
     if kind != "statezoo":
