@@ -1,11 +1,20 @@
-"""Registration with ``torch.library``: torch.compile sees one node, autograd our backward pass."""
+"""Registration with ``torch.library``: torch.compile sees one node, autograd our backward pass.
 
+A backend is a module with ``forward``, ``backward`` and ``saved_like`` as in ``chunked``, imported
+when it first runs; what it saves for the backward pass is its own affair.
+"""
+
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from statezoo.kernels.gated_linear_attention import chunked
+MODULES = {"torch": "chunked", "triton": "triton"}
+
+
+def _module(backend: str) -> Any:
+    return import_module(f"statezoo.kernels.gated_linear_attention.{MODULES[backend]}")
 
 
 @torch.library.custom_op("statezoo::gated_linear_attention", mutates_args=())
@@ -14,7 +23,8 @@ def op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend's forward pass."""
-    return chunked.forward(q, k, v, g, scale, S0, cu)
+    o, S, saved = _module(backend).forward(q, k, v, g, scale, S0, cu)
+    return o, S, saved
 
 
 @op.register_fake
@@ -22,9 +32,8 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S0: Tensor, cu: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    lanes = S0.shape[1:] if cu is not None else (S0.shape[0] * S0.shape[1], *S0.shape[2:])
-    saved = S0.new_empty(chunked.n_spans(q, v, cu), *lanes)
-    return torch.empty_like(v), torch.empty_like(S0), saved
+    saved = _module(backend).saved_like(q, k, v, S0, cu)
+    return v.new_empty(v.shape), S0.new_empty(S0.shape), saved
 
 
 @torch.library.custom_op("statezoo::gated_linear_attention_backward", mutates_args=())
@@ -33,7 +42,8 @@ def backward_op(
     S0: Tensor, cu: Tensor | None, saved: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend's backward pass."""
-    return chunked.backward(do, d_final, q, k, v, g, scale, S0, cu, saved)
+    dq, dk, dv, dg, dS0 = _module(backend).backward(do, d_final, q, k, v, g, scale, S0, cu, saved)
+    return dq, dk, dv, dg, dS0
 
 
 @backward_op.register_fake
@@ -41,8 +51,9 @@ def _(
     do: Tensor, d_final: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float,
     S0: Tensor, cu: Tensor | None, saved: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dg = q.new_empty(0) if g is None else torch.empty_like(g)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dg, torch.empty_like(S0)
+    dg = q.new_empty(0) if g is None else g.new_empty(g.shape)
+    dq, dk, dv, dS0 = (x.new_empty(x.shape) for x in (q, k, v, S0))
+    return dq, dk, dv, dg, dS0
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -45,6 +45,12 @@ def n_spans(q: Tensor, v: Tensor, cu: Tensor | None) -> int:
     return -(-n // span)
 
 
+def saved_like(q: Tensor, k: Tensor, v: Tensor, S0: Tensor, cu: Tensor | None) -> Tensor:
+    """Allocate the saved states, ``[spans lanes K V]`` (``[spans Hv K V]`` if packed)."""
+    lanes = S0.shape[1] if cu is not None else S0.shape[0] * S0.shape[1]
+    return S0.new_zeros(n_spans(q, v, cu), lanes, *S0.shape[2:])
+
+
 class _Span:
     """The chunks of one span, loaded and with their decays summed; lanes are ``B * Hv``."""
 
