@@ -26,7 +26,8 @@ from statezoo.kernels._varlen import Chunks, chunk_size, n_sequences
 from statezoo.kernels.gated_delta_rule import reference
 
 SPAN = 2048  # writes x lanes worked on at once: intermediate results stay in the cache
-ROWS = 64  # most writes a chunk
+ROWS = 64  # most writes a chunk: where each step costs launches, few and long ones win
+ROWS_CPU = 32  # fewer products inside chunks
 BLOCK = 32  # triangles up to this size are inverted by substitution
 
 
@@ -48,13 +49,15 @@ class _Call(NamedTuple):
     span: int
     groups: int  # value heads per key head
     n: int  # writes a token
+    causal: Tensor  # which keys a row sees, [C+R R]
 
 
 def _sizes(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None) -> tuple[int, int, int]:
     """Return tokens a chunk, chunks a span, and the number of spans (packed: an upper bound)."""
     (B, T), n = q.shape[:2], k.shape[2]
     N = 1 if cu is None else n_sequences(q, cu)
-    most = 1 << (max(1, ROWS // n).bit_length() - 1)
+    rows = ROWS_CPU if q.device.type == "cpu" else ROWS
+    most = 1 << (max(1, rows // n).bit_length() - 1)
     C = chunk_size(T, N, most, min(16, most))
     span = max(1, SPAN // (C * n * B * v.shape[3]))
     return C, span, -(-(-(-T // C) if cu is None else T // C + N) // span)
@@ -63,7 +66,9 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None) -> tuple[int, int
 def _call(x: _Inputs, cu: Tensor | None) -> _Call:
     C, span, _ = _sizes(x.q, x.k, x.v, cu)
     B, T, H = x.q.shape[:3]
-    return _Call(Chunks(B, T, C, cu), span, x.v.shape[3] // H, x.k.shape[2])
+    n = x.k.shape[2]
+    causal = _causal(C, n, x.k.device)
+    return _Call(Chunks(B, T, C, cu), span, x.v.shape[3] // H, n, causal)
 
 
 def saved_like(q: Tensor, k: Tensor, v: Tensor, S0: Tensor, cu: Tensor | None) -> Tensor:
@@ -96,7 +101,7 @@ class _Span:
         self.row_head, self.k_tail = self.rows, self.k
         self.total = self.v.new_ones(()).expand(b - a, 1, 1, 1)  # [n G K 1], or 1 for K
         self.levels: _decay.Levels | None = None
-        self.weights = _causal(self.C, self.n, self.k)
+        self.weights = call.causal.to(dtype)
         self.gated = x.g is not None
         if x.g is not None:
             self._decay(call.chunks.load(x.g, a, b, dtype))
@@ -160,11 +165,10 @@ def _repeat(x: Tensor, n: int, dim: int) -> Tensor:
     return x if n == 1 else x.repeat_interleave(n, dim)
 
 
-def _causal(C: int, n: int, like: Tensor) -> Tensor:
+def _causal(C: int, n: int, device: torch.device) -> Tensor:
     """Tell which keys a row sees: a query those up to its token's, a write those before."""
-    key = torch.arange(n * C, device=like.device)
-    last = torch.cat([torch.arange(C, device=like.device) * n + n - 1, key - 1])
-    return (key <= last[:, None]).to(like.dtype)
+    key = torch.arange(n * C, device=device)
+    return key <= torch.cat([key[n - 1 :: n], key - 1])[:, None]
 
 
 def _inverse(L: Tensor) -> Tensor:
@@ -192,10 +196,12 @@ def _scan(
     """
     N = span.beta * span.v
     before = N.new_empty(*N.shape[:2], *S.shape[-2:])
-    for i in range(N.shape[0]):
+    writes = span.row_head[:, :, span.C :]
+    chunks = zip(writes, N, span.T, span.k_tail.mT, span.total, strict=True)
+    for i, (w, x, T, k, total) in enumerate(chunks):
         before[i] = S = call.chunks.enter(S, S0, a + i)
-        N[i] = span.T[i] @ N[i].baddbmm_(span.row_head[i, :, call.chunks.C :], S, alpha=-1)
-        S = torch.baddbmm(S * span.total[i], span.k_tail[i].mT, N[i])
+        torch.bmm(T, torch.baddbmm(x, w, S, alpha=-1), out=x)
+        S = torch.baddbmm(S * total, k, x)
         if final is not None:
             call.chunks.leave(S, final, a + i)
     return before, N, S
@@ -243,11 +249,11 @@ def backward(
         dN = span.P.mT @ dout
         d_read = torch.cat([dout, dN], 2)  # gradient of the rows' products with S
         after = torch.empty_like(before)
-        for i in reversed(range(b - a)):
+        steps = zip(dN, d_read, span.T.mT, span.k_tail, span.row_head.mT, span.total, strict=True)
+        for i, (d, read, T, k, rows, total) in reversed(list(enumerate(steps))):
             after[i] = dS = chunks.enter_backward(dS, d_final, a + i)
-            d = torch.baddbmm(dN[i], span.k_tail[i], dS)
-            d_read[i, :, chunks.C :] = (span.T[i].mT @ d).neg_()
-            dS = torch.baddbmm(dS * span.total[i], span.row_head[i].mT, d_read[i])
+            read[:, chunks.C :] = (T @ torch.baddbmm(d, k, dS)).neg_()
+            dS = torch.baddbmm(dS * total, rows, read)
             chunks.leave_backward(dS, lanes, a + i)
         found = _span_backward(span, d_read, N, before, after)
         for out, y in zip([*grads, dg], found, strict=True):
