@@ -142,8 +142,11 @@ class Files:
                 f"{self.path}: {len(self.others)} files of other kinds ({', '.join(ends[:8])}); "
                 f"accepted are {', '.join(FORMATS)}"
             )
+        starts = any(_first_word(file) == "train" for file in self.files)
         for file in self.files:
             split = "" if file == self.path else _named_split(file.relative_to(self.path))
+            if not split and starts and file != self.path:
+                split = _first_word(file)
             for text in read_file(file, self.text_field, report):
                 yield Document(text, split)
 
@@ -166,6 +169,12 @@ def _named_split(path: Path) -> str:
     stem = SHARD.sub("", path.name.split(".")[0])
     names = (SPLIT_NAMES.get(part.lower(), "") for part in (*path.parts[:-1], stem))
     return next((name for name in names if name), "")
+
+
+def _first_word(path: Path) -> str:
+    """The split that the first of several words in a file's name gives, or ''."""
+    first, *others = re.split(r"[-_]", path.name.lower().split(".")[0])
+    return SPLIT_NAMES.get(first, "") if others else ""
 
 
 def _hash_files(root: Path, files: Iterable[Path], *settings: str) -> str:

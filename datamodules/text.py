@@ -34,8 +34,9 @@ class Text(LightningDataModule):
     byte is exact and comparable between tokenizers. Split and order depend on ``seed`` alone.
 
     Files or sub-folders called ``train``, ``val`` (``valid``, ``validation``, ``dev``) and
-    ``test`` are taken as these splits, and so are the splits of a dataset. Without a test split
-    and with ``test_fraction=0``, the test is run on the validation split.
+    ``test`` are taken as these splits, files beginning with ``train_``, ``val_`` or the like too
+    where there are some of ``train_``, and so are the splits of a dataset. Without a test split and
+    with ``test_fraction=0``, the test is run on the validation split.
 
     Args:
         path: A .txt, .txt.gz, .jsonl, .jsonl.gz or .parquet file, a folder of these (with
@@ -175,7 +176,7 @@ class Text(LightningDataModule):
         pieces = zip(cut_text(raw, bounds), labels, strict=True)
         return b"".join(piece for piece, label in pieces if SPLITS[label] == split)
 
-    def baselines(self, limit: int = 5_000_000) -> dict[str, float]:
+    def baselines(self, limit: int = 2_000_000) -> dict[str, float]:
         """Bits per byte that classical methods need on the validation split.
 
         Args:

@@ -117,6 +117,12 @@ def test_named_parts_are_taken_as_splits(tmp_path):
     assert said(data.test_dataloader())[0] == [ord("x")]
 
 
+def test_first_words_of_names_count_where_some_say_train(tmp_path):
+    files = {"train_a.txt": "a", "train_b.txt": "b", "valid_c.txt": "c", "test-d.txt": "d"}
+    data = ready(write(tmp_path / "in", files))
+    assert [data.raw(split) for split in ("train", "val", "test")] == [b"ab", b"c", b"d"]
+
+
 def test_one_document_is_split_by_position(tmp_path):
     text = "".join(chr(97 + n % 26) for n in range(1000))
     data = ready(write(tmp_path, {"a.txt": text}) + "/a.txt", val_fraction=0.1, test_fraction=0.2)

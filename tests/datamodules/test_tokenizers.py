@@ -121,7 +121,7 @@ def test_long_texts_are_cut_into_parts(text, size):
 
 
 def test_parts_of_a_long_text_end_with_a_line_or_a_word():
-    assert list(_blocks("ab\ncd efgh ijklmnop", 8)) == ["ab\n", "cd efgh", " ijklmno", "p"]
+    assert list(_blocks("abcd\ne efgh ijklmnop", 8)) == ["abcd\n", "e efgh", " ijklmno", "p"]
 
 
 def test_special_tokens_decide_what_begins_a_document(bpe):
