@@ -23,6 +23,9 @@ MORE = {  # settings beside the defaults
         {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "window": 2, "sinks": 2}
     ],
     "attention-nope": [{"name": "attention", "rope_base": None, "qkv_bias": True, "qk_norm": True}],
+    "mamba-negative": [{"name": "mamba", "negative_eigenvalues": True, "d_conv": 2}],
+    "mamba2-groups": [{"name": "mamba2", "n_groups": 2, "dt_limit": [0.01, 0.5], "bias": True}],
+    "liger-grouped": [{"name": "liger", "n_heads": 4, "n_kv_heads": 2, "window": 3}],
     "hybrid": ["gla", {"name": "attention", "n_heads": 2}],
     "hybrid-window": [{"name": "attention", "window": 3}, {"name": "gla", "d_conv": 2}],
 }
@@ -60,7 +63,12 @@ def cases():
     """Mixers of each tiny model, by name."""
     own = {n: [n] for n, m in MIXERS.items() if m.__module__.startswith("statezoo.zoo.")}
     every = {**own, **MORE, **{f"configs/{n}": e for n, e in shipped().items() if e}}
-    return {name: [small(entry) for entry in entries] for name, entries in every.items()}
+    found = {}
+    for name, entries in every.items():
+        entries = [small(entry) for entry in entries]
+        if entries not in found.values():  # presets that differ in sizes alone are one case
+            found[name] = entries
+    return found
 
 
 CASES = cases()

@@ -172,11 +172,11 @@ def test_the_configuration_is_strict(case):
         key = next(k for k in entry if k != "name")
         wrong[i][key + "s"] = wrong[i].pop(key)
         with pytest.raises(ValueError, match=f"no setting '{key}s'.*did you mean '{key}'"):
-            StateZooConfig(mixers=wrong)
+            StateZooConfig(mixers=wrong, n_layers=len(wrong))
         wrong = copy.deepcopy(config.mixers)
         wrong[i][key] = [object()]
         with pytest.raises(TypeError, match=rf"{entry['name']}\.{key}: expected .*, got list"):
-            StateZooConfig(mixers=wrong)
+            StateZooConfig(mixers=wrong, n_layers=len(wrong))
     assert StateZooConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
