@@ -23,7 +23,8 @@ def op(
     cu: Tensor | None, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend's forward pass."""
-    o, S, saved = _module(backend).forward(q, k, v, beta, g, scale, S0, cu)
+    with torch.autocast(q.device.type, enabled=False):
+        o, S, saved = _module(backend).forward(q, k, v, beta, g, scale, S0, cu)
     return o, S, saved
 
 
@@ -42,9 +43,9 @@ def backward_op(
     scale: float, S0: Tensor, cu: Tensor | None, saved: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend's backward pass: gradients of q, k, v, beta, g (empty where none) and S0."""
-    dq, dk, dv, dbeta, dg, dS0 = _module(backend).backward(
-        do, d_final, q, k, v, beta, g, scale, S0, cu, saved
-    )
+    args = (do, d_final, q, k, v, beta, g, scale, S0, cu, saved)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dbeta, dg, dS0 = _module(backend).backward(*args)
     return dq, dk, dv, dbeta, q.new_empty(0) if dg is None else dg, dS0
 
 

@@ -23,7 +23,8 @@ def op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend's forward pass."""
-    o, S, saved = _module(backend).forward(q, k, v, g, scale, S0, cu)
+    with torch.autocast(q.device.type, enabled=False):
+        o, S, saved = _module(backend).forward(q, k, v, g, scale, S0, cu)
     return o, S, saved
 
 
@@ -42,7 +43,9 @@ def backward_op(
     S0: Tensor, cu: Tensor | None, saved: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run a backend's backward pass."""
-    dq, dk, dv, dg, dS0 = _module(backend).backward(do, d_final, q, k, v, g, scale, S0, cu, saved)
+    args = (do, d_final, q, k, v, g, scale, S0, cu, saved)
+    with torch.autocast(q.device.type, enabled=False):
+        dq, dk, dv, dg, dS0 = _module(backend).backward(*args)
     return dq, dk, dv, dg, dS0
 
 
