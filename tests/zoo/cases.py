@@ -6,6 +6,7 @@ import torch
 import yaml
 
 from statezoo.zoo import MIXERS, StateZooConfig, StateZooForCausalLM, mixer_settings
+from statezoo.zoo.mixer import resolve_mixer
 
 WORDS, WIDTH = 11, 16
 SMALL = {  # sizes that keep a test quick, for whichever mixer has such a setting
@@ -60,14 +61,15 @@ def shipped():
 
 
 def cases():
-    """Mixers of each tiny model, by name."""
+    """Mixers of each tiny model, by name; each pattern once, and no mixer twice in a row."""
     own = {n: [n] for n, m in MIXERS.items() if m.__module__.startswith("statezoo.zoo.")}
     every = {**own, **MORE, **{f"configs/{n}": e for n, e in shipped().items() if e}}
     found = {}
     for name, entries in every.items():
-        entries = [small(entry) for entry in entries]
-        if entries not in found.values():  # presets that differ in sizes alone are one case
-            found[name] = entries
+        pattern = [resolve_mixer(small(entry)) for entry in entries]
+        pattern = [e for i, e in enumerate(pattern) if i == 0 or e != pattern[i - 1]]
+        if pattern not in found.values():
+            found[name] = pattern
     return found
 
 
