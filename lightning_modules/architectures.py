@@ -42,11 +42,11 @@ class OneMixer(CausalLM):
         first, *others = settings.pop("mixers")
         if any(other != first for other in others):
             raise ValueError(
-                f"the layers of these weights differ, {type(self).__name__} has one setting for all: "
-                "use --model Hybrid."
+                f"the layers of these weights differ, {type(self).__name__} has one setting for "
+                "all: use --model Hybrid."
             )
         first.pop("name")
-        return settings | first
+        return {**settings, **first}
 
 
 def architecture(name: str) -> type[CausalLM]:

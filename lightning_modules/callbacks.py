@@ -24,6 +24,11 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
+def _trying(trainer: Trainer) -> bool:
+    """Say whether this is a ``fast_dev_run``, which leaves nothing behind."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
 class ProgressBar(RichProgressBar):
     """Lightning's rich progress bar, counted in optimiser steps where their number is known."""
 
@@ -76,7 +81,7 @@ class ValidateLast(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """Keep the newest state of the run, ``last.ckpt``, and the one that validated best, ``best.ckpt``.
+    """Keep the newest state, ``last.ckpt``, and the one that validated best, ``best.ckpt``.
 
     Either resumes the run exactly where it was.
 
@@ -117,7 +122,7 @@ class Checkpoints(Checkpoint):
         """Write ``last.ckpt`` where it is time."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or trainer.should_stop or trainer.is_last_batch
-        if due and step > self._saved_step and not trainer.fast_dev_run:
+        if due and step > self._saved_step and not _trying(trainer):
             self._saved_step = step
             self.last_model_path = self.path(trainer, "last")
             trainer.save_checkpoint(self.last_model_path, weights_only=False)
@@ -127,7 +132,7 @@ class Checkpoints(Checkpoint):
         score = trainer.callback_metrics.get(self.monitor)
         if score is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if float(score) < self.best_score and not trainer.fast_dev_run:
+        if float(score) < self.best_score and not _trying(trainer):
             self.best_score = float(score)
             self.best_model_path = self.path(trainer, "best")
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
@@ -148,7 +153,7 @@ class LossCurve(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, where there are numbers."""
         source = run_folder(trainer) / "metrics.csv"
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or _trying(trainer):
             return
         for logger in trainer.loggers:
             logger.save()
@@ -189,7 +194,7 @@ class ExportHub(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, from the best checkpoint where there is one."""
-        if not isinstance(pl_module, CausalLM) or trainer.fast_dev_run:
+        if not isinstance(pl_module, CausalLM) or _trying(trainer):
             return
         if not trainer.is_global_zero:
             return

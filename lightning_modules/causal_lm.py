@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -25,6 +25,8 @@ from statezoo.zoo import StateZooForCausalLM
 MIXERS: list[str | dict[str, Any]] = ["gla", "gla", "gla", "attention"]
 OPTIM = Optim()
 
+Reduction = Literal["mean", "sum", "none"]
+
 GRADIENT_UNIT = 1024.0
 """Tokens by which the summed loss is divided in the backward pass: gradients stay in the range of
 those of a mean until the exact division, one step later; the value changes rounding alone."""
@@ -38,7 +40,7 @@ class CausalLM(LightningModule):
 
     Args:
         mixers: Mixers along time, by name, ``[gla, gla, attention]``, or as mappings of a ``name``
-            and settings, ``[{name: gla, n_heads: 2}, attention]``; the list repeats over the layers.
+            and settings, ``[{name: gla, n_heads: 2}, attention]``; repeated over the layers.
         vocab_size: Number of symbols; comes from the data on the command line.
         d_model: Width of the stream of tokens.
         n_layers: Number of blocks.
@@ -75,6 +77,7 @@ class CausalLM(LightningModule):
                 "tie_embeddings": tie_embeddings,
             },
             pretrained,
+            {"d_model": 128, "n_layers": 4, "mixers": MIXERS, "tie_embeddings": True},
         )
         self.unit, self.tokenizer_files = "byte", dict[str, bytes]()
         self.nll = nn.ModuleDict({stage: PerCount() for stage in ("val", "test")})
@@ -100,8 +103,8 @@ class CausalLM(LightningModule):
 
     # ------------------------------------------------------------------ loss
 
-    def token_nll(self, batch: Batch, reduction: str = "sum") -> Tensor:
-        """Nats of the scored tokens: their sum, or of each position ``[B T]``, 0 where not scored."""
+    def token_nll(self, batch: Batch, reduction: Reduction = "sum") -> Tensor:
+        """Nats of the scored tokens: the sum, or at each position ``[B T]``, 0 if not scored."""
         x = self.net.model(
             input_ids=batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), use_cache=False
         ).last_hidden_state
@@ -152,7 +155,7 @@ class CausalLM(LightningModule):
         """Log what the optimiser step was made of."""
         self.log("train/nll", nll, prog_bar=True, rank_zero_only=True)
         self.log("train/lr", lr, rank_zero_only=True)
-        every = max(1, self.trainer.log_every_n_steps)
+        every = max(1, getattr(self.trainer, "log_every_n_steps", 50))
         if (self.trainer.global_step + 1) % every == 0:
             now = time.perf_counter()
             per_second = self.trainer.world_size * self._tokens / max(now - self._clock, 1e-9)
@@ -174,12 +177,14 @@ class CausalLM(LightningModule):
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
         nats = self.token_nll(batch)
-        self.nll[stage].update(nats, (batch["targets"] != IGNORE).sum())
-        self.log(f"{stage}/nll", self.nll[stage], on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
+        metric: Any = self.nll[stage]
+        metric.update(nats, (batch["targets"] != IGNORE).sum())
+        self.log(f"{stage}/nll", metric, on_step=False, on_epoch=True, prog_bar=True)
         if "n_bytes" in batch:
             name = f"{stage}/bits_per_{self.unit}"
-            self.bits[stage].update(nats, torch.as_tensor(batch["n_bytes"]).sum())
-            self.log(name, self.bits[stage], on_step=False, on_epoch=True, prog_bar=True)  # type: ignore[arg-type]
+            metric = self.bits[stage]
+            metric.update(nats, torch.as_tensor(batch["n_bytes"]).sum())
+            self.log(name, metric, on_step=False, on_epoch=True, prog_bar=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Average over all scored tokens of the split."""
@@ -190,7 +195,7 @@ class CausalLM(LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return ``nll``, the nats of each position ``[B T]`` (0 where not scored), and ``scored``."""
+        """Return ``nll``, the nats at each position ``[B T]``, and ``scored``, which count."""
         nll = self.token_nll(batch, reduction="none").view_as(batch["targets"])
         return {"nll": nll, "scored": batch["targets"] != IGNORE}
 
@@ -236,6 +241,9 @@ class CausalLM(LightningModule):
         """Learn from the data what its symbols stand for."""
         data = getattr(self.trainer, "datamodule", None)
         self.unit = getattr(data, "unit", self.unit)
+        start = getattr(getattr(data, "tokenizer", None), "bos_id", None)
+        if start is not None:
+            self.net.config.bos_token_id = self.net.generation_config.bos_token_id = start
         self.tokenizer_files = ckpt.tokenizer_files(data) or self.tokenizer_files
 
     def on_train_start(self) -> None:

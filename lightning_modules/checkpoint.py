@@ -108,7 +108,7 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 def rng_state() -> dict[str, Any]:
     """Return the states of all random number generators as plain data and tensors."""
-    _, key, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002
+    _, key, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": [torch.from_numpy(np.asarray(key).astype(np.int64)), position, has_gauss, cached],

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 
 
 class PerCount(Metric):
-    """Sum of nats over the sum of what they stand for: exact over batches of any size and processes.
+    """Nats over what they stand for: exact over uneven batches and processes.
 
     Args:
         bits: Give bits instead of nats.

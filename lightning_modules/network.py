@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ from transformers.utils import logging
 import statezoo
 from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
-
-SHAPE = ("vocab_size", "d_model", "n_layers", "mixers", "channel", "tie_embeddings")
+from statezoo.zoo.mixer import resolve_mixer
 
 
 def build_network(
-    settings: Mapping[str, Any], pretrained: str | Path | None = None
+    settings: Mapping[str, Any],
+    pretrained: str | Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> StateZooForCausalLM:
     """Return a new network, or that of ``pretrained`` where its shape is the one asked for.
 
@@ -25,40 +27,48 @@ def build_network(
         settings: Arguments of ``StateZooConfig``.
         pretrained: Checkpoint, Hub folder or Hub name. Settings left at their defaults are then
             those of the file.
+        defaults: What ``settings`` are where no one asked for anything.
 
     Raises:
         ValueError: If a setting is wrong, or was set to something that ``pretrained`` has not.
     """
-    config = StateZooConfig(**settings)
     if pretrained is None:
-        return StateZooForCausalLM(config)
-    net = load_network(pretrained)
-    _check_same_shape(config, net.config, str(pretrained))
-    return net.train()
+        return StateZooForCausalLM(StateZooConfig(**settings))
+    net: StateZooForCausalLM = load_network(pretrained)
+    found = net.config
+    wanted = StateZooConfig(**{**settings, "n_layers": max(settings["n_layers"], found.n_layers)})
+    wanted.n_layers = settings["n_layers"]
+    _check_same_mixers(wanted, found, str(pretrained))
+    usual = StateZooConfig(**(defaults or {}))
+    for key in settings:
+        if key != "mixers":
+            default = None if key == "vocab_size" else getattr(usual, key)
+            _check_same(key, getattr(wanted, key), getattr(found, key), default, str(pretrained))
+    net.train()
+    return net
 
 
-def _check_same_shape(wanted: StateZooConfig, found: StateZooConfig, source: str) -> None:
-    """Raise where what was asked for is neither a default nor what the file has."""
-    names = [[mixer["name"] for mixer in config.mixers] for config in (wanted, found)]
-    if _cycled(names[0], found.n_layers) != _cycled(names[1], found.n_layers):
+def _check_same_mixers(wanted: StateZooConfig, found: StateZooConfig, source: str) -> None:
+    asked = [wanted.mixers[i % len(wanted.mixers)] for i in range(found.n_layers)]
+    names = [mixer["name"] for mixer in asked], [mixer["name"] for mixer in found.layer_mixers]
+    if names[0] != names[1]:
         raise ValueError(
             f"{source!r} is of another architecture: its mixers are {_listed(names[1])}, "
             f"asked for were {_listed(names[0])}."
         )
-    default = StateZooConfig(vocab_size=wanted.vocab_size)
-    for key in SHAPE:
-        if key == "mixers":
-            continue
-        asked, has = getattr(wanted, key), getattr(found, key)
-        if asked != has and (key == "vocab_size" or asked != getattr(default, key)):
-            raise ValueError(
-                f"{source!r} has {key} {has!r}, asked for was {asked!r}: "
-                "leave the setting out, or start without pretrained weights."
-            )
+    for one, other in zip(asked, found.layer_mixers, strict=True):
+        default = resolve_mixer(one["name"])
+        for key in one.keys() - {"name", "backend"}:
+            _check_same(key, one[key], other[key], default[key], source)
 
 
-def _cycled(names: list[str], n_layers: int) -> list[str]:
-    return [names[i % len(names)] for i in range(n_layers)]
+def _check_same(key: str, asked: Any, has: Any, default: Any, source: str) -> None:
+    """Raise where what was asked for is neither the default nor what the file has."""
+    if asked not in (has, default):
+        raise ValueError(
+            f"{source!r} has {key} {has!r}, asked for was {asked!r}: "
+            "leave the setting out, or start without pretrained weights."
+        )
 
 
 def _listed(names: list[str]) -> str:
@@ -80,7 +90,20 @@ def load_network(source: str | Path) -> StateZooForCausalLM:
         return net
     if not Path(source).exists() and str(source).count("/") != 1:
         raise ckpt.CheckpointError(f"there is no checkpoint or model folder {str(source)!r}.")
-    return statezoo.load(source)
+    with _no_progress_bars():
+        return statezoo.load(source)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' bars, which are for large models, off the screen."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,13 +130,8 @@ def export(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with _no_progress_bars():
         net.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     ckpt.write_files(tokenizer or {}, folder)
     if extra is not None:
         (folder / "metrics.json").write_text(json.dumps(dict(extra), indent=2) + "\n")

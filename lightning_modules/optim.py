@@ -115,7 +115,7 @@ def decays(name: str, embeddings: set[str], decay_embeddings: bool = False) -> b
 
 
 def adamw(net: nn.Module, optim: Optim) -> AdamW:
-    """Return AdamW over the trainable parameters of ``net``, in a decayed and an undecayed group."""
+    """Return AdamW over the trainable parameters, in a decayed and an undecayed group."""
     embeddings = {
         f"{path}.{name}" if path else name
         for path, module in net.named_modules()

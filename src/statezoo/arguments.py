@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from statezoo.commands import _walk
 from statezoo.parser import nearest, underscored
@@ -34,7 +34,8 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         options.replace(name, find_config)
     for name in ("--model", "--data"):
         options.replace(name, lambda value: find_config(value) if _is_yaml(value) else value)
-    options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v)))
+    first = "last" if command == "fit" else "best"
+    options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v, first)))
     checkpoint = next(iter(options.values("--ckpt_path")), None)
     if checkpoint and checkpoint not in KEYWORDS and not _names_model(options):
         return [command, "--model", json.dumps(model_of(checkpoint)), *options.arguments]
@@ -92,10 +93,12 @@ def find_config(name: str) -> str:
     )
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """Return a checkpoint: the file itself, or the best (else last) one of a run's folder.
+def find_checkpoint(path: str | Path, first: str = "best") -> Path:
+    """Return a checkpoint: the file itself, or one of a run's folder, of several runs the newest's.
 
-    In a folder of several runs the newest run is taken.
+    Args:
+        path: File or folder.
+        first: Which of ``best`` and ``last`` is preferred in a folder.
 
     Raises:
         ValueError: If there is none.
@@ -104,12 +107,12 @@ def find_checkpoint(path: str | Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        for name in ("best.ckpt", "last.ckpt"):
+        for name in (f"{first}.ckpt", "best.ckpt", "last.ckpt"):
             if (path / name).is_file():
                 return path / name
         newest = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
         if newest:
-            return find_checkpoint(newest[-1].parent)
+            return find_checkpoint(newest[-1].parent, first)
         raise ValueError(f"there is no .ckpt file in {str(path)!r}")
     near = nearest(path.name, (f.name for f in path.parent.glob("*.ckpt")))
     raise ValueError(f"there is no checkpoint {str(path)!r}{near}")

@@ -59,7 +59,8 @@ class Parser(FriendlyErrors, LightningArgumentParser):
 
 
 def _below(cls: type) -> Iterator[type]:
-    for sub in cls.__subclasses__():
+    subclasses: list[type] = cls.__subclasses__()
+    for sub in subclasses:
         yield sub
         yield from _below(sub)
 
