@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from statezoo.kernels._varlen import check_bounds, chunk_size, n_sequences
 
@@ -55,14 +56,14 @@ class Layout(NamedTuple):
         return tables | {"T": self.T, "N": self.N, "NT": self.n, "C": self.C}
 
 
-def tokens_a_chunk(x: Tensor, cu: Tensor | None) -> int:
-    """Choose the chunk size: 16, 32 or 64, no matter how long ``x [B T ...]`` is beyond that."""
-    return chunk_size(x.shape[1], 1 if cu is None else n_sequences(x, cu), MOST)
+def tokens_a_chunk(T: int, cu: Tensor | None) -> int:
+    """Choose the chunk size: 16, 32 or 64, no matter how large ``T`` is beyond that."""
+    return chunk_size(T, 1 if cu is None else cu.shape[0] - 1, MOST)
 
 
 def layout(x: Tensor, cu: Tensor | None) -> Layout:
     """Lay out the chunks of ``x [B T ...]`` without waiting for the device."""
-    (B, T), C = x.shape[:2], tokens_a_chunk(x, cu)
+    (B, T), C = x.shape[:2], tokens_a_chunk(x.shape[1], cu)
     if cu is None:
         n = -(-T // C)
         return Layout(C, T, B, n, B * n, None, None, None)
@@ -150,12 +151,10 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def stages(device: torch.device, most: int) -> int:
-    """Bound the depth of software pipelining: only data-centre GPUs have the shared memory."""
-    if device.type != "cuda":
-        return most
-    shared = hardware(device).shared
-    return most if shared > 160 * 1024 else min(most, 2 if shared > 90 * 1024 else 1)
+def depth(device: torch.device, most: int, bytes_a_stage: int) -> int:
+    """Choose how many loads ahead a loop runs, by what shared memory has room for."""
+    shared = hardware(device).shared if device.type == "cuda" else 227 * 1024
+    return max(1, min(most, int(shared / bytes_a_stage - 0.6)))  # the rest holds operands
 
 
 def launch(kernel: Any, programs: int, how: Launch, device: torch.device, **args: Any) -> None:
@@ -165,11 +164,17 @@ def launch(kernel: Any, programs: int, how: Launch, device: torch.device, **args
     """
     if not programs:
         return
-    how = Launch(how.num_warps, stages(device, how.num_stages))
     with on(device):
         if os.environ.get("STATEZOO_AUTOTUNE") == "1" and device.type == "cuda":
             how = _search(kernel, programs, how, args)
-        kernel[(programs,)](**args, num_warps=how.num_warps, num_stages=how.num_stages)
+        while True:
+            try:
+                kernel[(programs,)](**args, **how._asdict())
+                return
+            except OutOfResources:  # smaller GPUs have less shared memory
+                if how.num_stages == 1:
+                    raise
+                how = Launch(how.num_warps, how.num_stages - 1)
 
 
 def _search(kernel: Any, programs: int, default: Launch, args: dict[str, Any]) -> Launch:
@@ -187,7 +192,7 @@ def _search(kernel: Any, programs: int, default: Launch, args: dict[str, Any]) -
                     lambda how=how: kernel[(programs,)](**args, **how._asdict()),
                     return_mode="median",
                 )
-            except triton.runtime.errors.OutOfResources:
+            except OutOfResources:
                 continue
         _found[key] = min(times, key=lambda how: times[how])
     return _found[key]

@@ -14,7 +14,7 @@ is written next, and a sum over a chunk then stays below 2560, where float32 has
 gates of -1e4 cost their neighbours in the chunk 1e-4 at worst (all that large), 4e-6 if alone.
 """
 
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # (arguments of Triton kernels are pointers and tiles, which Python's types do not know)
 import torch
@@ -28,6 +28,7 @@ from statezoo.kernels._fused import (
     block,
     check_widths,
     chunk_of,
+    depth,
     launch,
     layout,
     operands,
@@ -335,8 +336,10 @@ class Call:
         BK = block(self.K, 32 if self.dtype == torch.float32 else 64)
         nk = -(-self.K // BK)
         BV = scan_block(self.V, 64, lanes * nk, self.device)
+        stage = self.at.C * (BK + BV) * S0.element_size() + self.at.C * BK * 4
+        how = Launch(4, depth(self.device, 3, stage))
         launch(
-            _walk, lanes * nk * -(-self.V // BV), Launch(4, 3), self.device, k=k, v=v, c=self.c,
+            _walk, lanes * nk * -(-self.V // BV), how, self.device, k=k, v=v, c=self.c,
             S0=S0, states=states, final=final, scale=scale, **self.common, BK=BK, BV=BV,
             REVERSE=reverse,
         )  # fmt: skip
