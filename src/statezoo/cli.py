@@ -167,6 +167,12 @@ class StateZooCLI(LightningCLI):
         config["callbacks"] = given
         return super()._instantiate_trainer(config, extra)
 
+    def before_fit(self) -> None:
+        """Say how large the model is."""
+        if self.trainer.is_global_zero:
+            size = sum(p.numel() for p in self.model.parameters())
+            sys.stdout.write(f"{type(self.model).__name__}: {size:,} parameters\n")
+
     def after_fit(self) -> None:
         """Say where everything is."""
         folder = callbacks.run_folder(self.trainer)
