@@ -19,6 +19,16 @@ SMALL = {  # sizes that keep a test quick, for whichever mixer has such a settin
 MORE = {  # settings beside the defaults
     "gla-grouped": [{"name": "gla", "n_heads": 4, "n_kv_heads": 2, "expand_k": 1.0}],
     "gla-conv": [{"name": "gla", "n_heads": 2, "d_conv": 4}],
+    "linear_attention-sum": [{"name": "linear_attention", "normalize": True}],
+    "hgrn2-free": [{"name": "hgrn2", "lower_bound": 0.0}],
+    "deltanet-gated": [{"name": "deltanet", "use_gate": True, "d_conv": 0}],
+    "gated_deltanet-grouped": [
+        {"name": "gated_deltanet", "n_v_heads": 4, "negative_eigenvalues": True}
+    ],
+    "deltaproduct-gated": [
+        {"name": "deltaproduct", "n_v_heads": 4, "n_householder": 3, "use_forget_gate": True}
+    ],
+    "kda-bounded": [{"name": "kda", "gate_floor": -5.0, "expand_v": 1.5, "d_conv": 2}],
     "attention-window": [{"name": "attention", "n_heads": 2, "window": 3}],
     "attention-sinks": [
         {"name": "attention", "n_heads": 4, "n_kv_heads": 2, "window": 2, "sinks": 2}

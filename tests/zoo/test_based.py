@@ -55,8 +55,10 @@ def test_weights_stay_bounded_over_many_tokens():
     torch.manual_seed(0)
     mixer = Based(D, n_heads=H, feature_dim=d)
     x = torch.randn(1, 1, D).expand(1, 4096, D)
-    y = mixer(x)[0].detach()
-    torch.testing.assert_close(y, y[:, :1].expand_as(y), atol=1e-5, rtol=1e-5)  # a mean of equals
+    for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, 5e-3)):  # rounding alone
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), torch.no_grad():
+            y = mixer(x)[0].float()
+        assert (y - y[:, :1]).abs().max() < allowed * y.abs().max()  # a mean of equal values
 
 
 def test_gated_convolution_is_what_its_equation_says():

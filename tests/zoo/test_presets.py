@@ -61,6 +61,10 @@ def test_published_sizes_and_patterns():
 
 
 def test_every_architecture_here_comes_in_all_sizes():
-    for name in ("mamba", "mamba2", "based", "liger", "samba", "jamba", "gdn_hybrid"):
-        assert {name, f"{name}_tiny", f"{name}_small", f"{name}_130m"} <= SIZES.keys()
+    mamba = ("mamba", "mamba2", "mamba3", "based", "liger", "samba", "jamba", "gdn_hybrid")
+    linear = ("linear_attention", "retnet", "hgrn2", "gla")
+    delta = ("deltanet", "gated_deltanet", "deltaproduct", "kda")
+    for name in (*mamba, *linear, *delta):
+        assert (CONFIGS / f"{name}.yaml").exists()
+        assert {f"{name}_tiny", f"{name}_small", f"{name}_130m"} <= SIZES.keys()
         assert any(re.fullmatch(rf"{name}_(34|36|37|42)\dm", other) for other in SIZES)
