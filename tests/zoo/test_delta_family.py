@@ -15,6 +15,7 @@ from tests.zoo.oracle import (
     unit,
 )
 
+from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 from statezoo.zoo.deltanet import DeltaNet
 from statezoo.zoo.deltaproduct import DeltaProduct
 from statezoo.zoo.gated_deltanet import GatedDeltaNet
@@ -225,3 +226,32 @@ def test_wrong_sizes_say_what_to_change():
         KDA(16, gate_floor=1.0)
     with pytest.raises(ValueError, match=r"kda: the width 6\.8 \(expand_v \* head_dim\)"):
         KDA(16, head_dim=4, expand_v=1.7)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "d_model", "n_layers", "parameters"),
+    [  # untied head over 32000 tokens, specs/core.md 4 and 5.3
+        ("deltanet", {"n_heads": 8}, 1024, 24, 374_362_112),
+        ("deltanet", {"n_heads": 16}, 2048, 24, 1_365_677_056),
+        ("gated_deltanet", {"n_heads": 6, "head_dim": 256}, 2048, 21, 1_387_348_732),
+    ],
+)
+def test_published_sizes(name, settings, d_model, n_layers, parameters):
+    mixers = [{"name": name, **settings}]
+    config = StateZooConfig(vocab_size=32000, d_model=d_model, n_layers=n_layers, mixers=mixers)
+    with torch.device("meta"):
+        net = StateZooForCausalLM(config)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_initial_values_survive_the_skeleton():
+    torch.manual_seed(0)
+    for name in ("gated_deltanet", "kda"):
+        entry = {"name": name, "n_heads": 16}
+        net = StateZooForCausalLM(StateZooConfig(d_model=64, n_layers=4, mixers=[entry]))
+        for block in net.model.layers:
+            A, dt = block.mixer.A_log.exp(), F.softplus(block.mixer.dt_bias)
+            assert A.min() > 0
+            assert 8 < A.max() < 16
+            assert 0.99e-3 < dt.min() < 5e-3
+            assert 0.02 < dt.max() < 0.101
