@@ -75,17 +75,21 @@ def layout(x: Tensor, cu: Tensor | None) -> Layout:
     return Layout(C, T, N, n, n, cu.contiguous(), starts.int(), segment.int())
 
 
-def operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.dtype, str]:
+def operands(v: Tensor) -> tuple[torch.dtype, str]:
     """Choose the dtype of matrix operands, and how the tensor cores take float32.
 
-    bfloat16 where q, k and v are. float16 has too small a range for states and goes through TF32,
-    which has as many digits. So do float32 keys with narrower values: L2-normalised keys keep their
-    length to 2^-11, which matters at ``beta = 2``. All float32 means three TF32 products each:
-    errors near float32's, at several times the speed of plain float32 arithmetic.
+    bfloat16 where v, and so the output, is. float16 has too small a range for states and goes
+    through TF32, which has as many digits. float32 means three TF32 products each: errors near
+    float32's, at several times the speed of plain float32 arithmetic.
     """
-    if all(x.dtype == torch.bfloat16 for x in (q, k, v)):
+    if v.dtype == torch.bfloat16:
         return torch.bfloat16, "tf32"
-    return torch.float32, "tf32x3" if v.dtype == torch.float32 else "tf32"
+    return torch.float32, "tf32" if v.dtype == torch.float16 else "tf32x3"
+
+
+def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round once what every kernel would round, ``x [...]`` contiguous; never widen."""
+    return (x.to(dtype) if dtype.itemsize < x.dtype.itemsize else x).contiguous()
 
 
 def check_widths(op: str, K: int, V: int) -> None:

@@ -33,6 +33,7 @@ from statezoo.kernels._fused import (
     depth,
     launch,
     layout,
+    narrow,
     operands,
     put,
     scan_block,
@@ -365,6 +366,17 @@ def _key_gradients(
         put(to_g, gates, rows, kk, HV * K, length, K)
 
 
+def _lengths(exact: Tensor, rounded: Tensor) -> Tensor:
+    """Compare the squared lengths of keys ``[B T H K]`` before and after rounding, ``[B T H]``.
+
+    A write strength times this keeps the eigenvalue ``1 - beta |k|^2`` of a step: unit keys rounded
+    to bfloat16 are up to 1.0015 long, and a memory would grow 20-fold over 512 writes to one key at
+    ``beta = 2``.
+    """
+    exact, rounded = (x.float().square().sum(-1) for x in (exact, rounded))
+    return exact / rounded.clamp(min=1e-30)
+
+
 class _Delta:
     """One call: the inputs with writes as steps of their own, and the kernels that differ.
 
@@ -382,11 +394,18 @@ class _Delta:
     ) -> None:
         check_widths("gated_delta_rule", q.shape[-1], v.shape[-1])
         self.n = n = k.shape[2]
-        self.k, self.v, self.beta = (x.flatten(1, 2).contiguous() for x in (k, v, beta))
-        self.q = self.spread(q, n - 1)
+        self.how = operands(v)
+        self.ratio: Tensor | None = None
+        self.k, self.v = (narrow(x.flatten(1, 2), self.how[0]) for x in (k, v))
+        self.beta = beta.flatten(1, 2).contiguous()
+        if self.k.dtype != k.dtype:
+            self.ratio = _lengths(k.flatten(1, 2), self.k).repeat_interleave(
+                v.shape[3] // k.shape[3], 2
+            )
+            self.beta = self.beta * self.ratio
+        self.q = self.spread(narrow(q, self.how[0]), n - 1)
         g = None if g is None else self.spread(g, 0)
         at = layout(self.k, None if cu is None else cu * n)
-        self.how = operands(q, k, v)
         self.call = Call(self.q, self.v, g, self.how, at)
         self.B, self.T = self.k.shape[:2]
         # the walks hold all K channels of a block of values
@@ -515,7 +534,7 @@ def saved_like(q: Tensor, k: Tensor, v: Tensor, S0: Tensor, cu: Tensor | None) -
     """Allocate X, ``[B T*n HV C]``."""
     (B, T, n), HV = k.shape[:3], v.shape[3]
     C = tokens_a_chunk(T * n, cu)
-    return q.new_empty(B, T * n, HV, C, dtype=operands(q, k, v)[0])
+    return q.new_empty(B, T * n, HV, C, dtype=operands(v)[0])
 
 
 def forward(
@@ -546,10 +565,11 @@ def backward(
     dq, dk, dg = call.qk_gradients(run.q, run.k, new, states, do, d_states, scale, dtypes)
     more_beta, more = run.key_gradients(states, d_rows, dL, dk, dg)
     if shared:
-        dq, dk = sum_groups(dq, run.q), sum_groups(dk, run.k)
+        dq, dk = sum_groups(dq, call.H, q.dtype), sum_groups(dk, call.H, k.dtype)
     if g is not None and dg is not None and more is not None:
         dg = dg + more if call.gate == HEAD else more
         dg = run.gather(dg, 0).to(g.dtype)
-    dbeta = (dbeta + more_beta).to(beta.dtype)
+    dbeta += more_beta
+    dbeta = (dbeta if run.ratio is None else dbeta * run.ratio).to(beta.dtype)
     dq = run.gather(dq, run.n - 1)
     return dq, dk.view(k.shape), dv.view(v.shape), dbeta.view(beta.shape), dg, dS0

@@ -31,6 +31,7 @@ from statezoo.kernels._fused import (
     depth,
     launch,
     layout,
+    narrow,
     operands,
     put,
     scan_block,
@@ -393,8 +394,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs, final state, and an empty tensor."""
     check_widths("gated_linear_attention", q.shape[-1], v.shape[-1])
-    q, k, v, S0 = (x.contiguous() for x in (q, k, v, S0))
-    call = Call(q, v, g, operands(q, k, v), layout(q, cu))
+    how = operands(v)
+    q, k, v = (narrow(x, how[0]) for x in (q, k, v))
+    call, S0 = Call(q, v, g, how, layout(q, cu)), S0.contiguous()
     states, final = call.walk(k, v, S0)
     return call.outputs(q, k, v, states, scale, v.dtype), final, S0.new_empty(0)
 
@@ -404,20 +406,22 @@ def backward(
     S0: Tensor, cu: Tensor | None, saved: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of q, k, v, g (empty where there is none) and the initial state."""
-    q, k, v, S0, do, d_final = (x.contiguous() for x in (q, k, v, S0, do, d_final))
-    call = Call(q, v, g, operands(q, k, v), layout(q, cu))
+    how, shared = operands(v), v.shape[2] != q.shape[2]
+    dtypes = (torch.float32, torch.float32) if shared else (q.dtype, k.dtype)
+    wide = q.dtype, k.dtype
+    q, k, v = (narrow(x, how[0]) for x in (q, k, v))
+    S0, do, d_final = (x.contiguous() for x in (S0, do, d_final))
+    call = Call(q, v, g, how, layout(q, cu))
     states, _ = call.walk(k, v, S0)
     d_states, dS0 = call.walk(q, do, d_final, scale, reverse=True)
     dv = call.outputs(k, q, do, d_states, scale, v.dtype, reverse=True)
-    shared = v.shape[2] != q.shape[2]
-    dtypes = (torch.float32, torch.float32) if shared else (q.dtype, k.dtype)
     dq, dk, dg = call.qk_gradients(q, k, v, states, do, d_states, scale, dtypes)
     if shared:
-        dq, dk = (sum_groups(x, like) for x, like in ((dq, q), (dk, k)))
+        dq, dk = (sum_groups(x, q.shape[2], dtype) for x, dtype in zip((dq, dk), wide, strict=True))
     return dq, dk, dv, q.new_empty(0) if g is None or dg is None else dg.to(g.dtype), dS0
 
 
-def sum_groups(x: Tensor, like: Tensor) -> Tensor:
+def sum_groups(x: Tensor, H: int, dtype: torch.dtype) -> Tensor:
     """Add the gradients of value heads that share a key head: ``[B T HV K]`` as ``[B T H K]``."""
-    B, T, H, K = like.shape
-    return x.view(B, T, H, -1, K).sum(3).to(like.dtype)
+    B, T, _, K = x.shape
+    return x.view(B, T, H, -1, K).sum(3).to(dtype)
