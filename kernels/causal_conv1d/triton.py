@@ -14,7 +14,7 @@ from statezoo.kernels._varlen import segment_ids
 from statezoo.kernels.causal_conv1d import chunked
 from statezoo.kernels.causal_conv1d._edges import edges
 
-BT, ROUNDS = 32, 8  # tokens a block; blocks a program when summing over tokens
+BT, ROUNDS = 16, 16  # tokens a block; blocks a program when summing over tokens
 
 
 @triton.jit

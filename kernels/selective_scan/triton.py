@@ -258,7 +258,8 @@ class _Call:
             self.flags = (t == cu[seq]).int() + 2 * (t == cu[seq + 1] - 1).int()
         self.chunks = n_saved(x)
         NP = triton.next_power_of_2(self.N)
-        BE = min(max(1, 256 // NP), triton.next_power_of_2(self.E))
+        lanes = 256 if NP <= 32 else 128  # of a block, each a token deep: what registers hold
+        BE = min(max(1, lanes // NP), triton.next_power_of_2(self.E))
         self.blocks = triton.cdiv(self.E, BE)
         self.sizes = {"N": self.N, "NP": NP, "BE": BE, "BT": BT, "ROUNDS": ROUNDS}
         self.sizes |= {"NEGATIVE": negative, "PACKED": cu is not None, "num_warps": 8}

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from statezoo.kernels.causal_conv1d import causal_conv1d
 from statezoo.kernels.selective_scan import _edges, _op, selective_scan
 
 if not torch.cuda.is_available():  # before the first call imports Triton
@@ -99,6 +100,24 @@ def test_closed_form():
     want = want + torch.einsum("btn,bten,ben->bte", C, (upto[..., None] * A).exp(), h0)
     y, _ = selective_scan(x, dt, A, B, C, D, initial_state=h0, backend="reference")
     torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+
+
+def test_equals_the_layer_of_transformers():
+    """MambaMixer without its kernels, rebuilt from our two ops."""
+    from transformers import MambaConfig
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    torch.manual_seed(0)
+    layer = MambaMixer(MambaConfig(hidden_size=8, state_size=N, num_hidden_layers=1), 0)
+    x = torch.randn(2, 20, 8)
+    u, z = layer.in_proj(x).chunk(2, -1)
+    conv = layer.conv1d
+    u, _ = causal_conv1d(u, conv.weight[:, 0], conv.bias, activation="silu", backend="torch")
+    r, B, C = layer.x_proj(u).split([layer.time_step_rank, N, N], -1)
+    dt = F.softplus(layer.dt_proj(r))
+    y, _ = selective_scan(u, dt, -layer.A_log.exp(), B, C, layer.D, backend="torch")
+    got, want = layer.out_proj(y * F.silu(z)), layer(x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
 def test_negative_eigenvalues_by_hand():
