@@ -90,7 +90,7 @@ class Liger(Mixer):
         )
         acc = torch.promote_types(k.dtype, torch.float32)
         g = F.logsigmoid(k.to(acc)) / self.normalizer
-        q, k = q.to(acc).softmax(-1), k.to(acc).softmax(-1)
+        q, k = (y.softmax(-1, dtype=acc).to(v.dtype) for y in (q, k))
         k, v, g = (y.repeat_interleave(self.repeat, 2) for y in (k, v, g))
         far, S = gated_linear_attention(
             q, k, v, g, scale=1.0, initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend

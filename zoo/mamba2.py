@@ -107,7 +107,7 @@ class Mamba2(Mixer):
             dt = dt.clamp(*self.dt_limit)
         g = -self.A_log.to(acc).exp() * dt  # [B T H]
         o, S = gated_linear_attention(
-            C, B, dt[..., None] * u, g,
+            C, B, (dt[..., None] * u).to(u.dtype), g,
             scale=1.0, initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         y = (o + self.D[:, None] * u).flatten(-2) * F.silu(z.to(acc))
