@@ -32,6 +32,7 @@ class Attention(Mixer):
         sinks: How many first tokens stay visible beyond the window.
         qkv_bias: Whether queries, keys and values have a bias.
         qk_norm: Whether queries and keys are normalised (RMS) per head, before the rotation.
+        norm_eps: Added under the root of these norms.
 
     Raises:
         ValueError: If the width cannot be cut into heads, or a size is out of range.
@@ -51,6 +52,7 @@ class Attention(Mixer):
         sinks: int = 0,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
         kv_heads = n_kv_heads or n_heads
@@ -72,8 +74,8 @@ class Attention(Mixer):
         self.q_proj = nn.Linear(d_model, d_model, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, kv_heads * K, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, kv_heads * K, bias=qkv_bias)
-        self.q_norm = RMSNorm(K, 1e-6) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(K, 1e-6) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(K, norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(K, norm_eps) if qk_norm else nn.Identity()
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def forward(

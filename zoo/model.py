@@ -58,7 +58,7 @@ class StateZooPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "bound_bias"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         """Give a module its initial values, children before parents."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, Literal
 
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
@@ -149,9 +149,29 @@ def generate(
         sys.stdout.write((f"--- {number} ---\n" if n > 1 else "") + text + "\n")
 
 
+def convert(
+    source: str, folder: str, *, to: Literal["statezoo", "transformers"] = "statezoo"
+) -> None:
+    """Convert a public checkpoint, or write Mamba and Mamba-2 back for transformers.
+
+    Args:
+        source: Folder, or name on the Hub, of a model of state-spaces, transformers or fla.
+        folder: Folder to write.
+        to: Format to write; transformers has Mamba and Mamba-2 alone.
+    """
+    from pathlib import Path
+
+    from statezoo.zoo import convert as converter
+
+    place = Path(source) if Path(source).is_dir() else converter.fetch(source)
+    report = converter.convert(place, folder, to)
+    sys.stdout.write(f"{report}\nwrote {folder}\n")
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "export": export,
+    "convert": convert,
     "list": list_parts,
     "tokenizer train": train_tokenizer,
 }

@@ -67,7 +67,10 @@ def create_model(name: str, **settings: Any) -> "StateZooForCausalLM":
 
 
 def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
-    """Load a model from a folder or from the Hub; safetensors alone, and no code from there.
+    """Load a model from a folder or from the Hub, and run no code from there.
+
+    Models of other libraries are converted, see :mod:`statezoo.zoo.convert`: Mamba and Mamba-2 of
+    state-spaces and transformers, and those of flash-linear-attention.
 
     Args:
         path_or_id: A folder with ``config.json`` and ``model.safetensors``, or a Hub id
@@ -76,38 +79,42 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
 
     Raises:
         FileNotFoundError: If there is no such folder, or no model in it.
-        ValueError: If it is not a statezoo model, or a tensor is missing, left over or of the wrong
-            shape.
+        ValueError: If it is not a model that can be loaded, or a tensor is missing, left over or of
+            the wrong shape.
+
+    Example:
+        >>> net = load("state-spaces/mamba-130m-hf")
     """
-    from statezoo.zoo import StateZooConfig, StateZooForCausalLM
+    from statezoo.zoo import StateZooConfig, StateZooForCausalLM, convert
 
     place, given = Path(path_or_id), str(path_or_id)
     if place.is_dir():
-        _check_folder(place)
+        _check_file(place, "config.json")
     elif place.exists() or given.count("/") > 1 or place.is_absolute() or given[:1] in (".", "~"):
         raise FileNotFoundError(f"{given} is not a folder, and no Hub id is written like this.")
-    hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token") if key in kwargs}
-    kind = StateZooConfig.get_config_dict(str(place), **hub)[0].get("model_type")
-    if kind != "statezoo":
-        raise ValueError(
-            f"{place} holds a model of type {kind!r}, not 'statezoo': load it with transformers, "
-            "or convert it first."
-        )
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("load executes no code from a checkpoint; leave trust_remote_code out.")
-    net: StateZooForCausalLM = StateZooForCausalLM.from_pretrained(
-        str(place), use_safetensors=True, **kwargs
-    )
+    where = ("revision", "cache_dir", "token", "local_files_only")
+    hub = {key: kwargs[key] for key in where if key in kwargs}
+    kind = StateZooConfig.get_config_dict(str(place), **hub)[0].get("model_type")
+    net: StateZooForCausalLM
+    if kind != "statezoo":
+        folder = place if place.is_dir() else convert.fetch(given, **hub)
+        rest = {key: value for key, value in kwargs.items() if key not in hub}
+        net, _ = convert.load(folder, **rest)
+        return net
+    if place.is_dir():
+        _check_file(place, "model.safetensors")
+    net = StateZooForCausalLM.from_pretrained(str(place), use_safetensors=True, **kwargs)
     return net
 
 
-def _check_folder(folder: Path) -> None:
-    for name in ("config.json", "model.safetensors"):
-        sharded = (folder / f"{name}.index.json").exists()
-        if not (folder / name).exists() and not sharded:
-            raise FileNotFoundError(
-                f"{folder} has no {name}: a model folder is what save_pretrained(folder) writes."
-            )
+def _check_file(folder: Path, name: str) -> None:
+    sharded = (folder / f"{name}.index.json").exists()
+    if not (folder / name).exists() and not sharded:
+        raise FileNotFoundError(
+            f"{folder} has no {name}: a model folder is what save_pretrained(folder) writes."
+        )
 
 
 def _mixer_names() -> set[str]:

@@ -18,6 +18,7 @@ usage: statezoo COMMAND [settings]
   predict     write the likelihood of each sequence to predictions.csv
   generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
   export      write a checkpoint as a Hugging Face folder
+  convert     read a public checkpoint of another library, or write Mamba for transformers
   tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER
   list        architectures, data and shipped configs
 

@@ -1,0 +1,135 @@
+"""Reading a checkpoint's folder: configuration and tensors, and never code."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
+TOKENIZER = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def fetch(name: str, **kwargs: Any) -> Path:
+    """Download a model of the Hub: configuration, tokenizer and weights, and nothing else.
+
+    Args:
+        name: ``"owner/name"``.
+        **kwargs: ``revision``, ``cache_dir``, ``token``.
+
+    Raises:
+        FileNotFoundError: If no Hub id is written like this.
+    """
+    if name.count("/") > 1 or name[:1] in ("", ".", "~", "/", "\\"):
+        raise FileNotFoundError(f"{name} is not a folder, and no Hub id is written like this.")
+    patterns = ["config.json", *TOKENIZER, "model*.safetensors", "model.safetensors.index.json"]
+    folder = Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
+    if not any(folder.glob("model*.safetensors")):
+        patterns = [*patterns, "pytorch_model*.bin", "pytorch_model.bin.index.json"]
+        folder = Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no mapping.
+    """
+    return _read_json(folder / "config.json")
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read all tensors of a folder, from one file or from shards.
+
+    Raises:
+        FileNotFoundError: If there are no weights, or a shard is missing.
+        ValueError: If a file cannot be read without running code, or is not what its index says.
+    """
+    for name in WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return _read_shards(folder, index)
+        if (folder / name).exists():
+            return _read_file(folder / name)
+    raise FileNotFoundError(f"{folder} has no {' nor '.join(WEIGHTS)}, nor shards of them.")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy the files of a tokenizer, as they are; return their names."""
+    names = [name for name in TOKENIZER if (source / name).is_file()]
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    return names
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} has no {file.name}.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a mapping, got {type(content).__name__}.")
+    return content
+
+
+def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = _read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map of tensors to files.")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({str(place) for place in places.values()}):
+        if Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index} points outside its folder, to {name!r}.")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}, which {index.name} names.")
+        shard = _read_file(folder / name)
+        wrong = sorted(key for key in shard if places.get(key) != name)
+        if wrong:
+            raise ValueError(f"{name} holds {', '.join(wrong)}, which {index.name} has elsewhere.")
+        tensors |= shard
+    missing = sorted(places.keys() - tensors.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} lists.")
+    return tensors
+
+
+def _read_file(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a safetensors file: {error}") from error
+    if file.suffix != ".bin":
+        raise ValueError(f"{file} is neither .safetensors nor .bin.")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than tensors, or no tensors: it is refused, for reading it would "
+            "run code from it. Ask for safetensors."
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise ValueError(f"{file} must map names to tensors.")
+    return dict(content)
