@@ -38,7 +38,7 @@ class DeltaLayer(nn.Module):
         n_heads: Heads of queries and keys.
         n_v_heads: Heads of values, gates and memories, a multiple of ``n_heads``.
         widths: Width ``K`` of a key and ``V`` of a value.
-        writes: ``(n,)`` for ``n`` writes a token, in the layout ``(n h d)``; ``()`` for one.
+        per_token: ``(n,)`` for ``n`` writes a token, in the layout ``(n h d)``; ``()`` for one.
         d_conv: Taps of the short convolutions; 0 for none.
         negative_eigenvalues: Whether ``beta`` reaches 2 instead of 1.
         gates: Which gates there are: ``"forget"``, ``"output"``.
@@ -50,6 +50,8 @@ class DeltaLayer(nn.Module):
     """
 
     name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ("q_proj",)
+    writes: ClassVar[tuple[str, ...]] = ("k_proj", "v_proj", "b_proj", "a_proj", "f_proj")
     g_proj: nn.Module
 
     def __init__(
@@ -59,7 +61,7 @@ class DeltaLayer(nn.Module):
         n_heads: int,
         n_v_heads: int,
         widths: tuple[int, int],
-        writes: tuple[int, ...] = (),
+        per_token: tuple[int, ...] = (),
         d_conv: int,
         negative_eigenvalues: bool,
         gates: tuple[str, ...] = (),
@@ -67,14 +69,14 @@ class DeltaLayer(nn.Module):
         backend: Backend,
     ) -> None:
         super().__init__()
-        (K, V), n = widths, (*writes, 1)[0]
+        (K, V), n = widths, (*per_token, 1)[0]
         if min(n_heads, n_v_heads, n, K, V) < 1 or n_v_heads % n_heads or d_conv < 0:
             raise ValueError(
                 f"{self.name}: n_v_heads={n_v_heads} must be a multiple of n_heads={n_heads}, the "
                 f"head width and the writes a token at least 1, d_conv at least 0; got {K}, {n}, "
                 f"{d_conv}."
             )
-        self.K, self.V, self.writes, self.backend = K, V, writes, backend
+        self.K, self.V, self.per_token, self.backend = K, V, per_token, backend
         self.reach = 2.0 if negative_eigenvalues else 1.0
         streams = {"q": n_heads * K, "k": n * n_heads * K, "v": n * n_v_heads * V}
         for stream, width in streams.items():
@@ -94,10 +96,10 @@ class DeltaLayer(nn.Module):
         tails = [(width, d_conv - 1) for width in streams.values()] if d_conv else []
         self.state_shapes: list[tuple[int, ...]] = [(n_v_heads, K, V), *tails]
 
-    def forward(
+    def recur(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, MemoryState]:
-        """Mix ``x [B T D]`` along time, continuing from ``state``."""
+        """Write and read the memories, ``[B T H V]``."""
         S, tails = state or (None, ())
         (q, k, v), tails = self.project(x, tails, cu_seqlens)
         o, S = gated_delta_rule(
@@ -110,7 +112,12 @@ class DeltaLayer(nn.Module):
             cu_seqlens=cu_seqlens,
             backend=self.backend,
         )
-        return self.o_proj(self.gate(self.o_norm(o), x).flatten(-2)), MemoryState(S, tails)
+        return o, MemoryState(S, tails)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and project what was read."""
+        y: Tensor = self.o_proj(self.gate(self.o_norm(o), x).flatten(-2))
+        return y
 
     def project(
         self, x: Tensor, tails: tuple[Tensor, ...], cu_seqlens: Tensor | None
@@ -127,13 +134,13 @@ class DeltaLayer(nn.Module):
             else:
                 y = F.silu(y)
             width = self.V if stream == "v" else self.K
-            writes = () if stream == "q" else self.writes
-            streams.append(y.unflatten(-1, (*writes, -1, width)))
+            n = () if stream == "q" else self.per_token
+            streams.append(y.unflatten(-1, (*n, -1, width)))
         return streams, tuple(new)
 
     def beta(self, x: Tensor) -> Tensor:
         """Make write strengths ``[B T (n) Hv]``."""
-        b = wide(self.b_proj(x)).unflatten(-1, (*self.writes, -1))
+        b = wide(self.b_proj(x)).unflatten(-1, (*self.per_token, -1))
         beta: Tensor = self.reach * b.sigmoid()
         return beta
 

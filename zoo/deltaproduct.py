@@ -60,7 +60,7 @@ class DeltaProduct(DeltaLayer, Mixer):
             n_heads=n_heads,
             n_v_heads=n_v_heads or n_heads,
             widths=(K, head_width(self.name, "expand_v * head_dim", expand_v * K)),
-            writes=(n_householder,),
+            per_token=(n_householder,),
             d_conv=d_conv,
             negative_eigenvalues=negative_eigenvalues,
             gates=("forget", "output") if use_forget_gate else ("output",),

@@ -47,6 +47,9 @@ class GLA(Mixer):
     scale and initial values as in its code.
     """
 
+    reads = ("q_proj",)
+    writes = ("k_proj", "v_proj", "gk_proj")
+
     def __init__(
         self,
         d_model: int,
@@ -89,10 +92,10 @@ class GLA(Mixer):
         self.g_norm = RMSNorm(value // n_heads, norm_eps)
         self.o_proj = nn.Linear(value, d_model, bias=False)
 
-    def forward(
+    def recur(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, GLAState]:
-        """Mix ``x [B T D]`` along time, continuing from ``state``."""
+        """Write and read the memories, ``[B T H V]``."""
         S, tails = state or (None, ())
         qkv = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
         if self.conv_shapes:
@@ -113,8 +116,12 @@ class GLA(Mixer):
         o, S = gated_linear_attention(
             q, k, v, g, initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend
         )
-        o = self.g_norm(o).flatten(-2) * F.silu(self.g_proj(x))
-        return self.o_proj(o), GLAState(S, tails)
+        return o, GLAState(S, tails)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and project what was read."""
+        y: Tensor = self.o_proj(self.g_norm(o).flatten(-2) * F.silu(self.g_proj(x)))
+        return y
 
     def state_size(self, T: int) -> int:
         """Return the bytes of state of one sequence, whatever ``T``."""

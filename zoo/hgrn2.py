@@ -47,6 +47,9 @@ class HGRN2(Mixer):
     Source: Qin et al., arXiv:2404.07904v2, section 3.2; scale and norm as in public checkpoints.
     """
 
+    reads = ("q_proj",)
+    writes = ("f_proj", "i_proj")
+
     def __init__(
         self,
         d_model: int,
@@ -77,10 +80,10 @@ class HGRN2(Mixer):
             start = torch.logit(torch.tensor((n_layers - 1) / (2 * n_layers)), eps=1e-4)
             nn.init.constant_(self.bound_bias, start.item())
 
-    def forward(
+    def recur(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, HGRN2State]:
-        """Mix ``x [B T D]`` along time, continuing from ``state``."""
+        """Write and read the memories, ``[B T H V]``."""
         (S,) = state or (None,)
         f = self.f_proj(x)
         g = F.logsigmoid(f.to(torch.promote_types(f.dtype, torch.float32)))  # log f
@@ -94,7 +97,12 @@ class HGRN2(Mixer):
         o, S = gated_linear_attention(
             q, k, v, g, initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend
         )
-        return self.o_proj(self.g_norm(o.flatten(-2))), HGRN2State(S)
+        return o, HGRN2State(S)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm and project what was read."""
+        y: Tensor = self.o_proj(self.g_norm(o.flatten(-2)))
+        return y
 
     def state_size(self, T: int) -> int:
         """Return the bytes of state of one sequence, whatever ``T``."""

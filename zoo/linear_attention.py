@@ -55,6 +55,9 @@ class LinearAttention(Mixer):
     after Qin et al., arXiv:2210.10340.
     """
 
+    reads = ("q_proj",)
+    writes = ("k_proj", "v_proj")
+
     def __init__(
         self,
         d_model: int,
@@ -82,10 +85,10 @@ class LinearAttention(Mixer):
         self.norm = nn.Identity() if normalize else RMSNorm(self.V, norm_eps)
         self.o_proj = nn.Linear(n_heads * self.V, d_model, bias=False)
 
-    def forward(
+    def recur(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, LinearAttentionState]:
-        """Mix ``x [B T D]`` along time, continuing from ``state``."""
+        """Write and read the memories, ``[B T H V]``."""
         (S,) = state or (None,)
         q, k = (
             features(y, self.feature_map).unflatten(-1, (-1, self.K))
@@ -99,7 +102,12 @@ class LinearAttention(Mixer):
         )
         if self.normalize:
             o = o[..., :-1] / (o[..., -1:] + self.norm_eps)
-        return self.o_proj(self.norm(o).flatten(-2)), LinearAttentionState(S)
+        return o, LinearAttentionState(S)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm and project what was read."""
+        y: Tensor = self.o_proj(self.norm(o).flatten(-2))
+        return y
 
     def state_size(self, T: int) -> int:
         """Return the bytes of state of one sequence, whatever ``T``."""

@@ -51,6 +51,8 @@ class Mamba2(Mixer):
     gate then norm as in its code.
     """
 
+    writes = ("in_proj",)
+
     def __init__(
         self,
         d_model: int,
@@ -79,6 +81,7 @@ class Mamba2(Mixer):
         self.n_groups, self.d_state, self.head_dim = n_groups, d_state, head_dim
         self.dt_limit, self.backend = dt_limit, backend
         self.widths = (E, n_groups * d_state, n_groups * d_state)
+        self.read_width = E
         self.in_proj = init.linear(d_model, E + sum(self.widths) + H, bias)
         self.conv1d = CausalConv(sum(self.widths), d_conv, bias=conv_bias, backend=backend)
         self.dt_bias = nn.Parameter(init.dt_bias(H))
@@ -91,9 +94,26 @@ class Mamba2(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Mamba2State]:
         """Mix ``x [B T D]`` along time, continuing from ``state``."""
+        z, writes = self.in_proj(x).tensor_split([self.read_width], -1)  # one product for both
+        o, state = self._recur(writes, state, cu_seqlens)
+        return self._read_out(o, z).to(x.dtype), state
+
+    def recur(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Mamba2State]:
+        """Write and read the memories, ``[B T H head_dim]``."""
+        n = sum(self.widths) + len(self.dt_bias)
+        return self._recur(self.in_proj(x)[..., -n:], state, cu_seqlens)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Gate, norm and project what was read."""
+        return self._read_out(o, self.in_proj(x)[..., : self.read_width])
+
+    def _recur(
+        self, writes: Tensor, state: State, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Mamba2State]:
         S, conv = state or (None, None)
-        E, H = self.widths[0], len(self.dt_bias)
-        z, uBC, dt = self.in_proj(x).split((E, sum(self.widths), H), -1)
+        uBC, dt = writes.tensor_split([sum(self.widths)], -1)
         uBC, conv = self.conv1d(uBC, conv, cu_seqlens)
         u, B, C = (
             y.unflatten(-1, (-1, width))
@@ -110,10 +130,14 @@ class Mamba2(Mixer):
             C, B, (dt[..., None] * u).to(u.dtype), g,
             scale=1.0, initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
-        y = (o + self.D[:, None] * u).flatten(-2) * F.silu(z.to(acc))
+        return o + self.D[:, None] * u, Mamba2State(S, conv)
+
+    def _read_out(self, o: Tensor, z: Tensor) -> Tensor:
+        y = o.flatten(-2) * F.silu(z.to(torch.promote_types(z.dtype, torch.float32)))
         y = y.unflatten(-1, (self.n_groups, -1))
         y = F.rms_norm(y, y.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
-        return self.out_proj(y.to(x.dtype)), Mamba2State(S, conv)
+        out: Tensor = self.out_proj(y.to(z.dtype))
+        return out
 
     def reset_parameters(self, n_layers: int) -> None:
         """Shrink the output by the root of the depth, as every layer adds to the stream."""

@@ -26,9 +26,20 @@ class Mixer(nn.Module):
 
     Attributes:
         name: Name in configurations.
+        reads: Projections of the stream that :meth:`recur` only reads with.
+        writes: Those that it writes with, as far as a mixer has them. A mixer of matrix states
+            names both, and has ``recur`` and ``read_out`` instead of ``forward``; no other access
+            to the stream than by these projections then makes its memory fit to be one of several.
+        read_width: Leading outputs of a writing projection that are for ``read_out`` alone.
+        auxiliary: What the last forward pass in training mode had to say beside its output, in
+            scalars or vectors to be logged; ``"loss"`` is added to the training loss.
     """
 
     name: ClassVar[str]
+    reads: ClassVar[tuple[str, ...]] = ()
+    writes: ClassVar[tuple[str, ...]] = ()
+    read_width: int = 0
+    auxiliary: dict[str, Tensor] | None = None
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         """Register the class under ``name``, by default that of its file."""
@@ -63,6 +74,21 @@ class Mixer(nn.Module):
             The update of the stream, and the state: a named tuple of tensors whose first axis is
             the sequence (``B``, or ``N`` if packed), never written in place.
         """
+        o, state = self.recur(x, state, cu_seqlens)
+        return self.read_out(o, x), state
+
+    def recur(
+        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Write and read the memory of every head; arguments as those of :meth:`forward`.
+
+        Returns:
+            What was read, ``[B T H V]``, before any norm, and the state.
+        """
+        raise NotImplementedError
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Turn what :meth:`recur` read, ``[B T H V]``, into the update of the stream ``x``."""
         raise NotImplementedError
 
     def initial_state(self, n: int, like: Tensor) -> State:

@@ -44,6 +44,9 @@ class RetNet(Mixer):
     their xPos growth, as in public checkpoints.
     """
 
+    reads = ("q_proj",)
+    writes = ("k_proj", "v_proj")
+
     def __init__(
         self,
         d_model: int,
@@ -68,27 +71,31 @@ class RetNet(Mixer):
         self.g_norm = RMSNorm(self.V, norm_eps)
         self.o_proj = nn.Linear(n_heads * self.V, d_model, bias=False)
 
-    def forward(
+    def recur(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, RetNetState]:
-        """Mix ``x [B T D]`` along time, continuing from ``state``."""
+        """Write and read the memories, ``[B T H V]``."""
         S, seen = state or (None, None)
         v = self.v_proj(x).unflatten(-1, (-1, self.V))
-        position = positions(x, seen, cu_seqlens)
+        position = positions(v, seen, cu_seqlens)
         q, k = (
             rotate(y.unflatten(-1, (-1, self.K)), position, self.rope_base).to(v.dtype)
             for y in (self.q_proj(x), self.k_proj(x))
         )  # [B T H K]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        h = torch.arange(self.n_heads, device=x.device, dtype=dtype)
-        g = torch.log1p(-torch.exp2(-5 - h)).expand(*x.shape[:2], -1)  # [B T H]
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        h = torch.arange(self.n_heads, device=v.device, dtype=dtype)
+        g = torch.log1p(-torch.exp2(-5 - h)).expand(*v.shape[:2], -1)  # [B T H]
         o, S = gated_linear_attention(
             q, k, v, g, initial_state=S, cu_seqlens=cu_seqlens, backend=self.backend
         )
-        y = self.o_proj(self.g_norm(o).flatten(-2) * F.silu(self.g_proj(x)))
-        new = x.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()
-        seen = torch.zeros(S.shape[0], dtype=torch.long, device=x.device) if seen is None else seen
-        return y, RetNetState(S, seen + new)
+        new = v.shape[1] if cu_seqlens is None else cu_seqlens.long().diff()
+        seen = torch.zeros(S.shape[0], dtype=torch.long, device=v.device) if seen is None else seen
+        return o, RetNetState(S, seen + new)
+
+    def read_out(self, o: Tensor, x: Tensor) -> Tensor:
+        """Norm, gate and project what was read."""
+        y: Tensor = self.o_proj(self.g_norm(o).flatten(-2) * F.silu(self.g_proj(x)))
+        return y
 
     def state_size(self, T: int) -> int:
         """Return the bytes of state of one sequence, whatever ``T``."""
