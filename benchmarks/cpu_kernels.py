@@ -1,20 +1,21 @@
-"""Times the CPU kernels beside their peers: python benchmarks/cpu_kernels.py [--quick] [--threads 1 2].
+"""Times the CPU kernels beside their peers: python benchmarks/cpu_kernels.py [--quick].
 
 Ours and the peer run alternately in this process, forward and backward in float32; a row is the
-median of the ratios of neighbouring runs, so that a noisy machine slows both. Times are CPU seconds of
-all threads. Peers: flash-linear-attention's naive functions (skipped, and said so, where `fla` is not
-importable: it breaks transformers on CPU, so keep it off the environment and on PYTHONPATH for this
-script), transformers' torch functions, torch's own attention.
+median of the ratios of neighbouring runs, so that a noisy machine slows both. Times are CPU seconds
+of all threads. Peers: flash-linear-attention's naive functions (skipped, and said so, where it
+cannot be imported: it breaks transformers on CPU, so keep it out of the environment and on
+PYTHONPATH for this script), transformers' torch functions, torch's own attention.
 """
 
 import argparse
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -97,44 +98,19 @@ def matrix_rows(shape: tuple[int, int, int, int], runs: int) -> Iterator[Row]:
     recurrent = first(fla_naive("gla", "naive_recurrent_gla"))
     scalar, channel = ("q", "k", "v", "head"), ("q", "k", "v", "channel")
     gated, swapped = ("q", "k", "v", "beta", "head"), ("q", "k", "v", "head", "beta")
-    yield Row(
-        f"{title}: scalar gate / fla naive chunk",
-        of(ours, *scalar),
-        peer(simple, *scalar),
-        1.5,
-        runs,
-    )
-    yield Row(
-        f"{title}: channel gate / fla naive recurrence",
-        of(ours, *channel),
-        peer(recurrent, *channel),
-        10,
-        max(2, runs // 4),
-    )
-    yield Row(
-        f"{title}: channel gate / our scalar gate",
-        of(ours, *channel),
-        of(ours, *scalar),
-        1 / 2,
-        runs,
-    )
-    yield Row(
-        f"{title}: gated delta rule / transformers chunk",
-        of(delta, *gated),
-        of(chunk, *swapped),
-        1.3,
-        runs,
-    )
-    double = of(delta, "q", "k2", "v2", "beta2", "head")
-    yield Row(f"{title}: two delta steps a token / one", double, of(delta, *gated), 1 / 2.2, runs)
-    yield Row(
-        f"{title}: delta rule, channel gate / our scalar gate",
-        of(delta, "q", "k", "v", "beta", "channel"),
-        of(delta, *gated),
-        None,
-        runs,
-    )
-    yield Row(f"{title}: scalar gate / softmax attention", of(ours, *scalar), of(sdpa, "q", "k", "v"), None, runs)  # fmt: skip
+    head, channels = of(ours, *scalar), of(ours, *channel)
+    one, two = of(delta, *gated), of(delta, "q", "k2", "v2", "beta2", "head")
+    per_channel = of(delta, "q", "k", "v", "beta", "channel")
+    few = max(2, runs // 4)
+    yield Row(f"{title}: scalar gate / fla naive chunk", head, peer(simple, *scalar), 1.5, runs)
+    naive = peer(recurrent, *channel)
+    yield Row(f"{title}: channel gate / fla naive recurrence", channels, naive, 10, few)
+    yield Row(f"{title}: channel gate / our scalar gate", channels, head, 1 / 2, runs)
+    yield Row(f"{title}: delta rule / transformers chunk", one, of(chunk, *swapped), 1.3, runs)
+    yield Row(f"{title}: delta rule, 2 steps / 1", two, one, 1 / 2.2, runs)
+    yield Row(f"{title}: delta rule, channel gate / scalar gate", per_channel, one, None, runs)
+    attend = of(sdpa, "q", "k", "v")
+    yield Row(f"{title}: scalar gate / softmax attention", head, attend, None, runs)
 
 
 class MambaLayer(nn.Module):
@@ -160,27 +136,28 @@ def scan_rows(T: int, runs: int, peer_T: int) -> Iterator[Row]:
     from transformers.models.mamba.modeling_mamba import MambaMixer
 
     torch.manual_seed(0)
-    layer = MambaLayer(MambaMixer(MambaConfig(hidden_size=256, num_hidden_layers=1), 0))
+    theirs = MambaMixer(MambaConfig(hidden_size=256, num_hidden_layers=1), 0)
+    layer = MambaLayer(theirs)
 
     def of(net: nn.Module, T: int) -> Callable[[], None]:
         x = torch.randn(1, T, 256, requires_grad=True)
         return lambda: net(x).square().sum().backward()
 
-    peer = layer.mixer.slow_forward if hasattr(layer.mixer, "slow_forward") else layer.mixer
-    x = torch.randn(1, peer_T, 256, requires_grad=True)
-    yield Row(f"Mamba layer, T{peer_T} / transformers", of(layer, peer_T), lambda: peer(x).square().sum().backward(), 20, 1)  # fmt: skip
-    u, dt = torch.randn(1, T, 512, requires_grad=True), torch.rand(1, T, 512).requires_grad_()
-    A = -torch.arange(1.0, 17).repeat(512, 1).requires_grad_()
-    B, C = torch.randn(2, 1, T, 16, requires_grad=True)
-    scan = step(lambda *a: selective_scan(*a)[0], [u, dt, A.detach().requires_grad_(), B.detach().requires_grad_(), C.detach().requires_grad_()], torch.randn(1, T, 512))  # fmt: skip
-    q, k, v = torch.randn(1, T, 1, 16), torch.randn(1, T, 1, 16), torch.randn(1, T, 8, 64)
-    g = F.logsigmoid(torch.randn(1, T, 8))
-    ssd = step(lambda *a: gated_linear_attention(*a)[0], [y.requires_grad_() for y in (q, k, v, g)], torch.randn(1, T, 8, 64))  # fmt: skip
-    yield Row(
-        f"selective scan E512 N16 T{T} / Mamba-2 form of the same state", scan, ssd, 1 / 2, runs
-    )
-    long = 8 * T
-    yield Row(f"Mamba layer T{long}, per token / T{T}", of(layer, long), of(layer, T), 1 / 8 / 1.15, max(2, runs // 4))  # fmt: skip
+    title = f"Mamba layer d256 T{peer_T} / transformers"
+    goal = 20 if peer_T == 1024 else None  # the peer is quadratic in T
+    yield Row(title, of(layer, peer_T), of(theirs, peer_T), goal, 1)
+    drawn = (torch.randn(1, T, 512), torch.rand(1, T, 512), -torch.rand(512, 16))
+    inputs = [y.requires_grad_() for y in (*drawn, torch.randn(1, T, 16), torch.randn(1, T, 16))]
+    scan = step(lambda *a: selective_scan(*a)[0], inputs, torch.randn(1, T, 512))
+    shapes = ((1, T, 1, 16), (1, T, 1, 16), (1, T, 8, 64), (1, T, 8))
+    q, k, v, g = (torch.randn(shape) for shape in shapes)
+    inputs = [y.requires_grad_() for y in (q, k, v, F.logsigmoid(g))]
+    ssd = step(lambda *a: gated_linear_attention(*a)[0], inputs, torch.randn(1, T, 8, 64))
+    yield Row(f"selective scan E512 N16 T{T} / Mamba-2's form", scan, ssd, 1 / 2, runs)
+    short, long = 4 * T, 16 * T if peer_T < 1024 else 64 * T
+    linear = short / long
+    title = f"Mamba layer T{long} / T{short}, linear is {linear:.3f}"
+    yield Row(title, of(layer, long), of(layer, short), linear / 1.15, max(2, runs // 4))
 
 
 def cpu_seconds(run: Callable[[], object]) -> float:
@@ -200,42 +177,54 @@ def measure(row: Row) -> str:
     pairs = [(cpu_seconds(row.ours), cpu_seconds(row.peer)) for _ in range(row.runs)]
     ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(p / o for o, p in pairs)
-    goal = "" if row.goal is None else f"{row.goal:.2f}"
-    return f"| {row.name} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {ratio:.2f} | {goal} |"
+    goal = "" if row.goal is None else f"{row.goal:.3g}"
+    return f"| {row.name} | {1e3 * ours:.1f} | {1e3 * peer:.1f} | {ratio:.3g} | {goal} |"
 
 
-MEMORY = {
-    "scalar gate": ("gated_linear_attention", ("q", "k", "v", "head")),
-    "channel gate": ("gated_linear_attention", ("q", "k", "v", "channel")),
-    "gated delta rule": ("gated_delta_rule", ("q", "k", "v", "beta", "head")),
+MEMORY: dict[str, tuple[Callable[..., tuple[Tensor, Tensor]], tuple[str, ...]]] = {
+    "scalar gate": (gated_linear_attention, ("q", "k", "v", "head")),
+    "channel gate": (gated_linear_attention, ("q", "k", "v", "channel")),
+    "gated delta rule": (gated_delta_rule, ("q", "k", "v", "beta", "head")),
 }
 
 
 def peak(name: str, T: int) -> str:
-    """Return the peak memory of forward + backward at length ``T`` beside the tensors themselves."""
-    script = f"import sys; sys.path.insert(0, {sys.path[0]!r}); import cpu_kernels as c; c.measure_peak({name!r}, {T})"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+    """Return the peak memory of forward + backward at length ``T`` beside the tensors themselves.
+
+    It runs in a process of its own, since a peak never comes down.
+    """
+    script = f"import sys; sys.path.insert(0, {sys.path[0]!r})\n"
+    script += f"import cpu_kernels; cpu_kernels.measure_peak({name!r}, {T})"
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
+    return run.stdout.strip()
 
 
 def measure_peak(name: str, T: int) -> None:
-    """Print a row: rise of peak RSS over the bytes of inputs, outputs, gradients (own process)."""
-    op, names = MEMORY[name]
-    function = {
-        "gated_linear_attention": gated_linear_attention,
-        "gated_delta_rule": gated_delta_rule,
-    }[op]
-    warm = tensors(1, 256, 4, 64)
-    step(lambda *a: function(*a)[0], [warm[n] for n in names], warm["weight"])()
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    x = tensors(1, T, 4, 64)
-    inputs = [x[n] for n in names]
-    kept = sum(y.nbytes for y in x.values())
-    o, _ = function(*inputs)
-    grads = torch.autograd.grad(o, inputs, x["weight"])
-    rise = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024
-    used = sum(y.nbytes for y in (*inputs, o, x["weight"], *grads))
-    rise -= kept - sum(y.nbytes for y in (*inputs, x["weight"]))  # tensors made but not of this op
-    print(f"| {name}, T{T} | {used / 2**20:.0f} | {rise / 2**20:.0f} | {rise / used:.2f} | 1.50 |")
+    """Print a row: rise of resident memory over what inputs, outputs and gradients take (Linux)."""
+    function, names = MEMORY[name]
+    for length in (256, T):  # the first call brings in what a first call loads
+        x = tensors(1, length, 4, 64)
+        inputs, weight = [x[n].detach().clone().requires_grad_() for n in names], x["weight"]
+        del x
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        start = memory_in_status("VmRSS")
+        o, _ = function(*inputs)
+        grads = torch.autograd.grad(o, inputs, weight)
+        rise = memory_in_status("VmHWM") - start
+    given = sum(y.nbytes for y in (*inputs, weight))
+    made = sum(y.nbytes for y in (o, *grads))
+    print(
+        f"| {name}, T{T} | {(given + made) / 2**20:.0f} | {(given + rise) / 2**20:.0f} | "
+        f"{(given + rise) / (given + made):.2f} | 1.50 |"
+    )
+
+
+def memory_in_status(key: str) -> int:
+    """Read a number of bytes from the kernel's account of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def main() -> None:
@@ -256,7 +245,9 @@ def main() -> None:
                 print(measure(row), flush=True)
         for row in scan_rows(1024, runs, peer_T):
             print(measure(row), flush=True)
-    print("\npeak memory, forward + backward, MB\n\n| op | inputs, outputs, gradients | rise of peak RSS | ratio | limit |\n| --- | --- | --- | --- | --- |")  # fmt: skip
+    print("\npeak memory of forward + backward, MiB\n")
+    print("| op | inputs, outputs, gradients | peak | ratio | limit |")
+    print("| --- | --- | --- | --- | --- |")
     for name in MEMORY:
         print(peak(name, 16384), flush=True)
 

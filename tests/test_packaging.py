@@ -88,15 +88,25 @@ def test_import_statezoo_is_light():
     assert python("-c", script).strip() == "[]"
 
 
-def test_folders_never_become_top_level_modules():
-    script = (
-        "import statezoo.zoo, statezoo.lightning_modules, statezoo.datamodules, sys; "
-        f"print([m for m in sys.modules if m.split('.')[0] in {FOLDERS}])"
-    )
+IMPORTED = f"""
+import statezoo.zoo, statezoo.lightning_modules, statezoo.datamodules, sys
+print([m for m in sys.modules if m.split('.')[0] in {FOLDERS}])
+"""
+
+
+def test_folders_never_become_top_level_modules(tmp_path):
+    assert python("-c", IMPORTED, cwd=tmp_path).strip() == "[]"
+
+
+def test_imports_from_the_root_of_the_checkout():
+    # here the folders are in sight, and transformers looks for Hugging Face's `kernels` package: it
+    # may find a bare namespace, never a module of ours
     shown = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )  # fmt: skip  # the repository root is on the path here
-    assert shown.stdout.strip() == "[]"
+        [sys.executable, "-c", IMPORTED + "import kernels; print(kernels.__file__)"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert set(eval(shown.stdout.splitlines()[0])) <= {"kernels"}
+    assert shown.stdout.splitlines()[1] == "None"
 
 
 def test_kernels_folder_stays_a_namespace():
