@@ -9,7 +9,7 @@ tables made on the device: no length is ever read back, and none is part of a co
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, import-untyped"
 # (arguments of Triton kernels are pointers and tiles, which Python's types do not know)
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -127,14 +127,14 @@ def hardware(device: torch.device) -> Hardware:
 
 
 def scan_block(width: int, most: int, programs: int, device: torch.device) -> int:
-    """Shrink a state's block until the walks over time, ``programs`` of them a block, fill the GPU.
+    """Shrink a state's block until walks over time, ``programs`` of each block, about fill the GPU.
 
     A walk takes as long as its chain of chunks, however narrow: more of them cost nothing.
     """
     size = block(width, most)
     if device.type != "cuda":
         return size
-    while size > 16 and programs * -(-width // size) < hardware(device).units:
+    while size > 16 and programs * -(-width // size) < 0.75 * hardware(device).units:
         size //= 2
     return size
 
@@ -183,22 +183,20 @@ def launch(kernel: Any, programs: int, how: Launch, device: torch.device, **args
 
 def _search(kernel: Any, programs: int, default: Launch, args: dict[str, Any]) -> Launch:
     """Find the fastest launch; the key holds what is compiled in: widths, flags and dtypes."""
-    fixed = {
-        n: x for n, x in args.items() if isinstance(x, int | str) and n not in ("T", "N", "NT")
-    }
+    lengths = ("T", "N", "NT", "tokens")
+    fixed = {n: x for n, x in args.items() if isinstance(x, int | str) and n not in lengths}
     dtypes = [x.dtype for x in args.values() if isinstance(x, Tensor)]
-    key = (kernel.__name__, *fixed.items(), *dtypes)
+    key = (kernel.__module__, kernel.__name__, *fixed.items(), *dtypes)
     if key not in _found:
+        copies = {n: x.clone() if isinstance(x, Tensor) else x for n, x in args.items()}
         times = {}
-        for how in [default, *SEARCHED]:
-            try:
+        for how in dict.fromkeys([default, *SEARCHED]):
+            with suppress(OutOfResources):
                 times[how] = triton.testing.do_bench(
-                    lambda how=how: kernel[(programs,)](**args, **how._asdict()),
+                    lambda how=how: kernel[(programs,)](**copies, **how._asdict()),
                     return_mode="median",
                 )
-            except OutOfResources:
-                continue
-        _found[key] = min(times, key=lambda how: times[how])
+        _found[key] = min(times, key=lambda how: times[how], default=default)
     return _found[key]
 
 
