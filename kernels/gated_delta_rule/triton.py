@@ -41,6 +41,7 @@ from statezoo.kernels._fused import (
     tile,
     tokens_a_chunk,
 )
+from statezoo.kernels._fused_step import one_token
 from statezoo.kernels.gated_linear_attention.triton import (
     FREE,
     HEAD,
@@ -392,7 +393,6 @@ class _Delta:
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, cu: Tensor | None
     ) -> None:
-        check_widths("gated_delta_rule", q.shape[-1], v.shape[-1])
         self.n = n = k.shape[2]
         self.how = operands(v)
         self.ratio: Tensor | None = None
@@ -541,7 +541,10 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float, S0: Tensor,
     cu: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return outputs, final state, and X."""
+    """Return outputs, final state, and X (left out for a single token)."""
+    check_widths("gated_delta_rule", q.shape[-1], v.shape[-1])
+    if q.shape[1] == 1 and cu is None:
+        return *one_token(q, k, v, beta, g, scale, S0), saved_like(q, k, v, S0, cu).zero_()
     run = _Delta(q, k, v, beta, g, cu)
     X = run.inverse()
     states, new, final, _ = run.walk(X, S0.contiguous())
@@ -556,10 +559,11 @@ def backward(
     """Return the gradients of q, k, v, beta, g and the initial state."""
     run = _Delta(q, k, v, beta, g, cu)
     call, do = run.call, run.spread(do, run.n - 1)
-    states, new, _, W = run.walk(saved, S0.contiguous())
+    X = run.inverse() if q.shape[1] == 1 else saved
+    states, new, _, W = run.walk(X, S0.contiguous())
     d_inner = call.outputs(run.k, run.q, do, None, scale, run.how[0], reverse=True)
     d_states, d_new, dS0 = run.walk_back(W, do, d_inner, d_final.contiguous(), scale)
-    d_rows, dL, dv, dbeta = run.value_gradients(saved, new, d_new)
+    d_rows, dL, dv, dbeta = run.value_gradients(X, new, d_new)
     shared = call.HV != call.H
     dtypes = (torch.float32, torch.float32) if shared else (q.dtype, k.dtype)
     dq, dk, dg = call.qk_gradients(run.q, run.k, new, states, do, d_states, scale, dtypes)

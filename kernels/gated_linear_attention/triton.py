@@ -38,6 +38,7 @@ from statezoo.kernels._fused import (
     sequence_of,
     tile,
 )
+from statezoo.kernels._fused_step import one_token
 
 NONE, HEAD, CHANNEL = 0, 1, 2
 FREE = ["T", "N", "NT"]  # never compiled in
@@ -394,6 +395,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return outputs, final state, and an empty tensor."""
     check_widths("gated_linear_attention", q.shape[-1], v.shape[-1])
+    if q.shape[1] == 1 and cu is None:
+        o, S = one_token(q, k.unsqueeze(2), v.unsqueeze(2), None, g, scale, S0)
+        return o, S, S0.new_empty(0)
     how = operands(v)
     q, k, v = (narrow(x, how[0]) for x in (q, k, v))
     call, S0 = Call(q, v, g, how, layout(q, cu)), S0.contiguous()

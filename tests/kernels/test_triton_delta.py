@@ -19,7 +19,7 @@ def case(gate, groups=1, **widths):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize(
     ("T", "groups", "n", "K", "V"),
-    [(1, 1, 1, 8, 6), (70, 1, 1, 8, 24), (36, 2, 1, 72, 5), (11, 1, 3, 8, 6)],
+    [(1, 2, 1, 8, 6), (1, 1, 2, 20, 40), (70, 1, 1, 8, 24), (36, 2, 1, 72, 5), (11, 1, 3, 8, 6)],
 )
 def test_equals_the_recurrence_in_outputs_state_and_gradients(gate, T, groups, n, K, V):
     torch.manual_seed(0)
