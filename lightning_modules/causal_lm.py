@@ -21,6 +21,7 @@ from statezoo.lightning_modules.metrics import PerCount
 from statezoo.lightning_modules.network import build_network
 from statezoo.lightning_modules.optim import Optim, adamw, rate
 from statezoo.zoo import StateZooForCausalLM
+from statezoo.zoo.auxiliary import Auxiliary, auxiliary_loss, name_values, take_auxiliary, to_vector
 
 MIXERS: list[str | dict[str, Any]] = ["gla", "gla", "gla", "attention"]
 OPTIM = Optim()
@@ -83,6 +84,8 @@ class CausalLM(LightningModule):
         self.nll = nn.ModuleDict({stage: PerCount() for stage in ("val", "test")})
         self.bits = nn.ModuleDict({stage: PerCount(bits=True) for stage in ("val", "test")})
         self._window: list[tuple[Tensor, Tensor]] = []  # nats and scored tokens of each micro-batch
+        self._beside: list[Tensor] = []  # what mixers said beside, times tokens
+        self._said: Auxiliary = {}  # and the last of it, for its names
         self._rng: Mapping[str, Any] | None = None
         self._tokens, self._clock = 0, 0.0
         self.save_hyperparameters(self.plain_settings())
@@ -105,20 +108,41 @@ class CausalLM(LightningModule):
 
     def token_nll(self, batch: Batch, reduction: Reduction = "sum") -> Tensor:
         """Nats of the scored tokens: the sum, or at each position ``[B T]``, 0 if not scored."""
-        x = self.net.model(
+        return self._nll(batch, reduction)[0]
+
+    def _nll(self, batch: Batch, reduction: Reduction) -> tuple[Tensor, Auxiliary]:
+        """Return the nats, and what mixers in training mode say beside."""
+        out = self.net.model(
             input_ids=batch["tokens"], cu_seqlens=batch.get("cu_seqlens"), use_cache=False
-        ).last_hidden_state
-        nll: Tensor = linear_cross_entropy(
-            x, self.net.lm_head.weight, batch["targets"], ignore_index=IGNORE, reduction=reduction
         )
-        return nll
+        nll: Tensor = linear_cross_entropy(
+            out.last_hidden_state,
+            self.net.lm_head.weight,
+            batch["targets"],
+            ignore_index=IGNORE,
+            reduction=reduction,
+        )
+        return nll, out.auxiliary or {}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the summed loss in ``GRADIENT_UNIT``; the optimiser step divides by the tokens."""
-        nats = self.token_nll(batch)
-        self._window.append((nats.detach(), (batch["targets"] != IGNORE).sum()))
+        """Return the summed loss in ``GRADIENT_UNIT``; the optimiser step divides by the tokens.
+
+        Auxiliary losses of mixers count as often as there are tokens.
+        """
+        nats, auxiliary = self._nll(batch, "sum")
+        tokens = (batch["targets"] != IGNORE).sum()
+        self._window.append((nats.detach(), tokens))
         self._tokens += batch["tokens"].numel()
-        return nats / GRADIENT_UNIT
+        more = auxiliary_loss(auxiliary)
+        if more is None:
+            return nats / GRADIENT_UNIT
+        self._beside.append(to_vector(auxiliary) * tokens)
+        self._said = {i: {k: v.detach() for k, v in f.items()} for i, f in auxiliary.items()}
+        return (nats + more * tokens) / GRADIENT_UNIT
+
+    def on_after_backward(self) -> None:
+        """Forget what recomputation in the backward pass has said a second time."""
+        take_auxiliary(block.mixer for block in self.net.model.layers)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turn the gradient of the sum into that of the mean; stop at a loss that is no number.
@@ -129,10 +153,13 @@ class CausalLM(LightningModule):
         nats = torch.stack([nats.double() for nats, _ in self._window]).sum()
         tokens = torch.stack([tokens for _, tokens in self._window]).sum().double()
         self._window.clear()
-        both = torch.stack([nats, tokens])
+        sums = torch.stack([nats, tokens])
+        if self._beside:
+            sums = torch.cat([sums, torch.stack(self._beside).double().sum(0)])
+            self._beside.clear()
         if self.trainer.world_size > 1:
-            both = self.trainer.strategy.reduce(both, reduce_op="sum")
-        nats, tokens = both.tolist()
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        nats, tokens, *beside = sums.tolist()
         if not math.isfinite(nats):
             raise FloatingPointError(self._not_finite(nats))
         divisor = self.trainer.accumulate_grad_batches * self.trainer.world_size
@@ -141,7 +168,8 @@ class CausalLM(LightningModule):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-        self._log_step(nats / max(tokens, 1.0), optimizer.param_groups[0]["lr"])
+        means = [x / max(tokens, 1.0) for x in (nats, *beside)]
+        self._log_step(means[0], optimizer.param_groups[0]["lr"], means[1:])
 
     def _not_finite(self, value: float) -> str:
         saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
@@ -151,7 +179,7 @@ class CausalLM(LightningModule):
             f"--trainer.precision 32-true{f'; the last checkpoint is {saved}' if saved else ''}."
         )
 
-    def _log_step(self, nll: float, lr: float) -> None:
+    def _log_step(self, nll: float, lr: float, beside: list[float]) -> None:
         """Log what the optimiser step was made of."""
         self.log("train/nll", nll, prog_bar=True, rank_zero_only=True)
         self.log("train/lr", lr, rank_zero_only=True)
@@ -161,6 +189,8 @@ class CausalLM(LightningModule):
             per_second = self.trainer.world_size * self._tokens / max(now - self._clock, 1e-9)
             self.log("train/tokens_per_second", per_second, prog_bar=True, rank_zero_only=True)
             self._tokens, self._clock = 0, now
+            named = name_values(self._said, beside)
+            self.log_dict({f"train/{k}": x for k, x in named.items()}, rank_zero_only=True)
 
     def configure_gradient_clipping(
         self,
@@ -249,6 +279,7 @@ class CausalLM(LightningModule):
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
         self._window.clear()
+        self._beside.clear()
         self._tokens, self._clock = 0, time.perf_counter()
 
     def on_validation_end(self) -> None:

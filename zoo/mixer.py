@@ -91,6 +91,11 @@ class Mixer(nn.Module):
         """Turn what :meth:`recur` read, ``[B T H V]``, into the update of the stream ``x``."""
         raise NotImplementedError
 
+    @classmethod
+    def complete(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Check resolved settings further, and write out what they contain, before any is used."""
+        return settings
+
     def initial_state(self, n: int, like: Tensor) -> State:
         """Return the state of ``n`` sequences before their first token; ``None`` means zeros."""
         return None
@@ -118,12 +123,13 @@ def mixer_settings(name: str) -> dict[str, inspect.Parameter]:
 
 def resolve_mixer(entry: Any) -> dict[str, Any]:
     """Write out all settings of a mixer given by name or by name and some settings."""
-    return resolve(MIXERS, entry, "mixer")
+    resolved = resolve(MIXERS, entry, "mixer")
+    return MIXERS[resolved["name"]].complete(resolved)
 
 
 def build_mixer(entry: Any, d_model: int) -> Mixer:
     """Make a mixer given by name or by name and some settings."""
-    mixer: Mixer = build(MIXERS, entry, d_model, "mixer")
+    mixer: Mixer = build(MIXERS, resolve_mixer(entry), d_model, "mixer")
     return mixer
 
 

@@ -1,5 +1,6 @@
 """The one skeleton: embedding, blocks of mixer and channel mixer, norm, head."""
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -9,16 +10,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from statezoo.zoo.auxiliary import Auxiliary, auxiliary_loss, take_auxiliary
 from statezoo.zoo.cache import states_of
 from statezoo.zoo.channel import CHANNELS
 from statezoo.zoo.config import StateZooConfig
-from statezoo.zoo.loss import mean_loss, next_tokens
+from statezoo.zoo.loss import IGNORE, mean_loss, next_tokens
 from statezoo.zoo.mixer import Mixer, State, build_mixer
 from statezoo.zoo.norm import RMSNorm
 from statezoo.zoo.padding import find_padding
 from statezoo.zoo.settings import build
 
 IGNORED = {"cache_position", "output_attentions", "position_ids", "token_type_ids"}
+
+
+@dataclass
+class StreamOutput(BaseModelOutputWithPast):
+    """The stream and the states; in training mode also what mixers say beside, by layer."""
+
+    auxiliary: Auxiliary | None = None
 
 
 class Block(GradientCheckpointingLayer):
@@ -144,7 +153,7 @@ class StateZooModel(StateZooPreTrainedModel):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> StreamOutput:
         """Run the blocks over tokens.
 
         Args:
@@ -158,7 +167,8 @@ class StateZooModel(StateZooPreTrainedModel):
             **kwargs: What transformers passes to every model and this one has no use for.
 
         Returns:
-            The stream after the final norm, zero at padding, and the states.
+            The stream after the final norm, zero at padding, the states, and in training mode what
+            mixers say beside.
 
         Raises:
             ValueError: If arguments exclude each other or shapes disagree.
@@ -182,10 +192,12 @@ class StateZooModel(StateZooPreTrainedModel):
             streams = streams[-1:]
         if padding is not None:
             streams = [padding.unpack(x) for x in streams]
-        return BaseModelOutputWithPast(
+        mixers = [cast(Block, block).mixer for block in self.layers] if self.training else []
+        return StreamOutput(
             last_hidden_state=streams[-1],
             past_key_values=cache,
             hidden_states=tuple(streams) if output_hidden_states else None,
+            auxiliary=take_auxiliary(mixers) or None,
         )
 
     def _run(
@@ -266,7 +278,8 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
 
         Returns:
             Loss in nats per token if there are labels, logits ``[B T W]``, and states. In training
-            mode with labels there are no logits: the loss is computed without holding them.
+            mode with labels there are no logits: the loss is computed without holding them, and
+            mixers' auxiliary losses are added.
 
         Raises:
             ValueError: If arguments exclude each other or shapes disagree.
@@ -286,6 +299,10 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
         if labels is not None:
             targets = next_tokens(labels, attention_mask, cu_seqlens)
             loss = mean_loss(x, self.lm_head.weight, targets, num_items_in_batch)
+            more = auxiliary_loss(out.auxiliary or {})
+            if more is not None:
+                n = num_items_in_batch
+                loss = loss + (more if n is None else more * (targets != IGNORE).sum() / n)
         if labels is None or not self.training:
             keep = logits_to_keep
             logits = self.lm_head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])

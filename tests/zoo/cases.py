@@ -37,6 +37,10 @@ MORE = {  # settings beside the defaults
     "mamba-negative": [{"name": "mamba", "negative_eigenvalues": True, "d_conv": 2}],
     "mamba2-groups": [{"name": "mamba2", "n_groups": 2, "dt_limit": [0.01, 0.5], "bias": True}],
     "liger-grouped": [{"name": "liger", "n_heads": 4, "n_kv_heads": 2, "window": 3}],
+    "mom-gla": [{"name": "mom", "inner": "gla", "inner_settings": {"d_conv": 3}}],
+    "mom-mamba2": [{"name": "mom", "inner": "mamba2", "shared_memory": False}],
+    "mom-deltaproduct": [{"name": "mom", "inner": "deltaproduct", "n_memories": 3, "top_k": 3}],
+    "mom-retnet": [{"name": "mom", "inner": "retnet", "single_kv": True, "n_memories": 3}],
     "hybrid": ["gla", {"name": "attention", "n_heads": 2}],
     "hybrid-window": [{"name": "attention", "window": 3}, {"name": "gla", "d_conv": 2}],
 }
@@ -47,7 +51,16 @@ def small(entry):
     """A mixer with sizes for tests, otherwise as it is."""
     entry = {"name": entry} if isinstance(entry, str) else dict(entry)
     settings = mixer_settings(entry["name"])
+    if "inner" in settings:
+        inner = small(entry.get("inner", settings["inner"].default))
+        entry["inner_settings"] = entry.get("inner_settings", {}) | inner
+        del entry["inner_settings"]["name"]
     return {key: size for key, size in SMALL.items() if key in settings} | entry
+
+
+def inner_of(entry):
+    """The inner mixer of an entry, with sizes for tests."""
+    return {k: v for k, v in small(entry).items() if k in ("inner", "inner_settings")}
 
 
 def shipped():
@@ -66,7 +79,7 @@ def shipped():
             own = mixer_settings(by_class[name])
             entries = [{"name": by_class[name]} | {k: v for k, v in given.items() if k in own}]
         entries = [{"name": e} if isinstance(e, str) else dict(e) for e in entries]
-        found[file.stem] = [e | {k: v for k, v in small(e["name"]).items()} for e in entries]
+        found[file.stem] = [e | small(e["name"]) | inner_of(e) for e in entries]
     return found
 
 
