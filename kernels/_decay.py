@@ -1,4 +1,4 @@
-"""Decay inside a chunk, as sums over the steps between two tokens.
+"""Decay inside a chunk, as sums or products over the steps between two tokens.
 
 No difference of cumulative sums is ever taken: a gate of -1e4 then costs no digit of its
 neighbours, and no exponent is ever positive.
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Decay(NamedTuple):
-    """Log decays of a chunk ``[... C]`` (a gate a head) or ``[... C K]`` (one a channel).
+    """Decays of a chunk ``[... C]`` (a gate a head) or ``[... C K]`` (one a channel).
 
     Attributes:
-        head: From the chunk's start to after token ``i``: ``sum_{t <= i} g_t``.
-        tail: From after token ``j`` to the chunk's end: ``sum_{t > j} g_t``.
+        head: From the chunk's start to after token ``i``: ``exp(sum_{t <= i} g_t)``.
+        tail: From after token ``j`` to the chunk's end: ``exp(sum_{t > j} g_t)``.
         total: Across the chunk, without the axis ``C``.
     """
 
@@ -24,18 +24,10 @@ class Decay(NamedTuple):
     total: Tensor
 
 
-def between(g: Tensor) -> Tensor:
-    """Sum gates from after ``j`` to ``i``: ``[... C] -> [... i j]``, -inf above the diagonal."""
-    C = g.shape[-1]
-    later = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
-    sums = torch.where(later, g[..., None, :], 0.0).cumsum(-1)  # [... j i]
-    return sums.masked_fill_(later.mT, -torch.inf).mT
-
-
 def products(g: Tensor) -> Tensor:
-    """Exponentials of :func:`between`, ``[... C] -> [... i j]``, but 1 above the diagonal.
+    """Decay from after ``j`` to ``i`` of gates ``[... C]``: ``[... i j]``, 1 above the diagonal.
 
-    A running product of single decays: the same digits with an exponential for each gate only.
+    A running product of single decays: an exponential a gate, not one a pair.
     """
     C = g.shape[-1]
     later = torch.ones(C, C, dtype=torch.bool, device=g.device).tril(-1)
@@ -43,17 +35,18 @@ def products(g: Tensor) -> Tensor:
 
 
 def of_chunk(g: Tensor, dim: int) -> Decay:
-    """Sum the gates of whole chunks along ``dim``, the axis ``C``."""
+    """Decays of whole chunks along ``dim``, the axis ``C``."""
     head = g.cumsum(dim)
     tail = g.flip(dim).cumsum(dim).flip(dim)
     tail = torch.cat(
         [tail.narrow(dim, 1, g.shape[dim] - 1), torch.zeros_like(g.narrow(dim, 0, 1))], dim
     )
+    head, tail = head.exp_(), tail.exp_()
     return Decay(head, tail, head.select(dim, -1))
 
 
 def gate_gradient(at_head: Tensor, at_tail: Tensor, at_total: Tensor, dim: int) -> Tensor:
-    """Turn gradients of :class:`Decay` along ``dim`` into those of the gates."""
+    """Turn gradients of the logs of :class:`Decay` along ``dim`` into those of the gates."""
     dg = at_head.flip(dim).cumsum(dim).flip(dim)
     dg += at_tail.cumsum(dim) - at_tail
     return dg.add_(at_total.unsqueeze(dim))
@@ -66,7 +59,7 @@ class Levels:
 
     The chunk is halved again and again: at each level the rows of every second half meet the
     columns of the first half before it, both decayed to the boundary between them, so that all is
-    matrix products and every exponent is at most 0. The diagonal is plain.
+    matrix products and no factor is above 1. The diagonal is plain.
 
     Args:
         g: Gates ``[n G C K]``, ``C`` a power of two.
@@ -75,14 +68,14 @@ class Levels:
     def __init__(self, g: Tensor) -> None:
         self.C = g.shape[2]
         self.levels: list[tuple[int, Tensor, Tensor]] = []  # half, row decay, column decay
-        head, tail, half = g, torch.zeros_like(g), 1  # sums inside blocks of `half` tokens
+        head, half = g.exp(), 1  # decays inside blocks of `half` tokens
+        tail = torch.ones_like(head)
         while half < self.C:
             left, right = (self._halves(x, half).squeeze(-2) for x in (head, tail))
-            self.levels.append((half, left[..., 1, :, :].exp(), right[..., 0, :, :].exp()))
-            first = left[..., 0, -1:, :]
-            second = left[..., 1, -1:, :]
-            head = torch.stack([left[..., 0, :, :], left[..., 1, :, :] + first], -3).view_as(g)
-            tail = torch.stack([right[..., 0, :, :] + second, right[..., 1, :, :]], -3).view_as(g)
+            row, column = left[..., 1, :, :].clone(), right[..., 0, :, :].clone()
+            self.levels.append((half, row, column))
+            left[..., 1, :, :].mul_(left[..., 0, -1:, :])
+            right[..., 0, :, :].mul_(row[..., -1:, :])
             half *= 2
         self.decay = Decay(head, tail, head[:, :, -1])
 
@@ -112,8 +105,8 @@ class Levels:
             rows = self._decayed(self._halves(a, half)[:, :, :, 1], row)
             columns = self._decayed(self._halves(b, half)[:, :, :, 0], column)
             for x, dx, part, decay in (
-                (da, corner @ columns, 1, row),
-                (db, corner.mT @ rows, 0, column),
+                (da, _product(corner, columns), 1, row),
+                (db, _product(corner.mT, rows), 0, column),
             ):
                 here = self._halves(x, half)[:, :, :, part]
                 here.addcmul_(dx.view(here.shape), decay[..., None, :])
@@ -145,3 +138,10 @@ class Levels:
         blocks = self.C // (2 * half)
         tiles = A.view(n, G, blocks, 2, R // (2 * blocks), blocks, 2, Q // (2 * blocks))
         return tiles[:, :, :, 1, :, :, 0].diagonal(dim1=2, dim2=4).movedim(-1, 2)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices; many tiny ones are quicker one number at a time."""
+    if max(a.shape[-2:]) > 2:
+        return a @ b
+    return (a[..., None] * b[..., None, :, :]).sum(-2)

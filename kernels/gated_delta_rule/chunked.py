@@ -111,12 +111,12 @@ class _Span:
     def _decay(self, g: Tensor) -> None:
         if g.ndim == 4:
             self.levels = _decay.Levels(g)
-            head, tail, total = (x.exp() for x in self.levels.decay)
+            head, tail, total = self.levels.decay
             self.total = total[..., None]
         else:
             D = _repeat(_decay.products(g), self.n, 3)
             self.weights = torch.cat([D, _repeat(D, self.n, 2)], 2).mul_(self.weights)
-            head, tail = (x.exp()[..., None] for x in _decay.of_chunk(g, -1)[:2])
+            head, tail = (x[..., None] for x in _decay.of_chunk(g, -1)[:2])
             self.total = head[:, :, -1:]
         self.head = torch.cat([head, _repeat(head, self.n, 2)], 2)  # [n G C+R K], or 1 for K
         self.tail = _repeat(tail, self.n, 2)

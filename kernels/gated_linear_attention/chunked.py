@@ -66,22 +66,18 @@ class _Span:
         self.per_channel = g is not None and g.ndim == 4
         self.levels: _decay.Levels | None = None
         self.D: Tensor | None = None
-        self.q_head, self.k_tail, self.total = (
-            self.q,
-            self.k,
-            self.v.new_ones(1, 1, 1, 1).expand(b - a, 1, 1, 1),
-        )
+        self.q_head, self.k_tail = self.q, self.k
+        self.total = self.v.new_ones(b - a, 1, 1, 1)
         if g is None:
             return
         gates = load(g, a, b, dtype)
         if self.per_channel:
             self.levels = _decay.Levels(gates)
-            self.head, self.tail, total = (x.exp() for x in self.levels.decay)
+            self.head, self.tail, total = self.levels.decay
             self.total = total[..., None]  # [n G K 1]
         else:
-            self.D = _decay.between(gates).exp_()
-            head, tail, total = _decay.of_chunk(gates, -1)
-            self.head, self.tail = head.exp_()[..., None], tail.exp_()[..., None]
+            self.D = _decay.products(gates).tril_()
+            self.head, self.tail, _ = (x[..., None] for x in _decay.of_chunk(gates, -1))
             self.total = self.head[:, :, -1:]  # [n G 1 1]
         self.q_head, self.k_tail = self.q * self.head, self.k * self.tail
 
