@@ -213,6 +213,7 @@ def quiet() -> None:
         ".*exists and is not empty.*",
         ".*`max_epochs` was not set.*",
         ".*You defined a `validation_step` but have no.*",
+        ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
