@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ SMALL = [
     "--data.path", "text.txt", "--data.seq_len", "16", "--data.batch_size", "2",
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
+SHIPPED = sorted(f.name for f in (Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 TINY = ["--model.d_model", "16", "--model.n_layers", "2"]
 
 
@@ -75,8 +77,25 @@ def test_overview_and_list_are_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: statezoo COMMAND" in done.stdout
     assert "Transformer" in done.stdout
-    assert "gla.yaml" in done.stdout
-    assert float(done.stderr) < 3  # 0.1 s on an idle machine
+    assert "gla_tiny" in done.stdout
+    assert float(done.stderr) < 3  # 0.2 s on an idle machine
+
+
+def test_list_shows_architectures_with_their_presets(capsys):
+    from statezoo.lightning_modules import ARCHITECTURES
+
+    main(["list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    known = {line.split()[0] for line in lines if line}
+    assert set(ARCHITECTURES) <= known
+    assert {Path(name).stem for name in SHIPPED} <= known
+    main(["list", "gla*"])
+    text = capsys.readouterr().out
+    assert "GLA  Gated linear attention, arXiv:2312.06635" in text
+    (row,) = [line for line in text.splitlines() if "gla_130m" in line]
+    assert re.split("  +", row.strip()) == ["gla_130m", "124 M", "50280", "3.54 MB", "one GPU"]
+    assert not {"mamba", "Text", "demo"} & set(text.split())
 
 
 def test_console_script_and_module_are_the_same_command():
@@ -241,6 +260,7 @@ def test_shipped_configs_parse(name, folder, capsys):
 
 FIT = ["fit", "--model", "GLA", "--data", "Text"]
 MISTAKES = [
+    (["list", "zz*"], "nothing is called 'zz*'"),
     (["fitt"], "no command 'fitt' (did you mean fit?)"),
     (["fit", "--model", "GLAA", "--data", "Text"], "no class named 'GLAA' (did you mean GLA?)"),
     (["fit", "--model", "GLA", "--data", "Txt"], "no class named 'Txt' (did you mean Text?)"),
@@ -257,7 +277,7 @@ MISTAKES = [
     ([*FIT, "--data.seq_le", "3"], "no setting 'seq_le' (did you mean seq_len?)"),
     ([*FIT, "--data.path", "nowhere"], "No file or folder 'nowhere'"),
     ([*FIT, "--config", "nope.yaml"], "no config 'nope.yaml'"),
-    ([*FIT, "--config", "nope.yaml"], "gla.yaml, hybrid.yaml"),
+    ([*FIT, "--config", "gla_tini.yaml"], "(did you mean gla_tiny.yaml?)"),
     ([*FIT, "--ckpt_path", "nope.ckpt"], "there is no checkpoint 'nope.ckpt'"),
     ([*FIT, "--ckpt_path", "text.txt"], "'text.txt' is no checkpoint"),
     ([*FIT, "--model.pretrained", "nowhere"], "no checkpoint or model folder 'nowhere'"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from statezoo.commands import _walk
+from statezoo.listing import walk
 from statezoo.parser import nearest, underscored
 
 KEYWORDS = ("best", "last", "hpc", "registry")
@@ -77,7 +77,7 @@ def find_config(name: str) -> str:
     """Return the path of a config: the user's file, else one that we ship.
 
     Raises:
-        ValueError: If there is neither; names those that we ship.
+        ValueError: If there is neither; names the nearest of ours.
     """
     if Path(name).is_file() or not _is_yaml(name):
         if Path(name).is_file():
@@ -85,12 +85,10 @@ def find_config(name: str) -> str:
         name = f"{name}.yaml" if "." not in Path(name).name else name
     from importlib.resources import files
 
-    shipped = {f.name: f for f in _walk(files("statezoo") / "configs") if f.name.endswith(".yaml")}
+    shipped = {f.name: f for f in walk(files("statezoo") / "configs") if f.name.endswith(".yaml")}
     if name in shipped:
         return str(shipped[name])
-    raise ValueError(
-        f"no config {name!r}{nearest(name, shipped)}; shipped are {', '.join(sorted(shipped))}"
-    )
+    raise ValueError(f"no config {name!r}{nearest(name, shipped)}; statezoo list shows ours")
 
 
 def find_checkpoint(path: str | Path, first: str = "best") -> Path:

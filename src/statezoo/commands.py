@@ -2,77 +2,22 @@
 
 from __future__ import annotations
 
-import ast
-import fnmatch
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+from statezoo.listing import listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
 
 
 def list_parts(pattern: str = "*") -> None:
-    """List architectures, data modules and shipped configs.
+    """List architectures with their presets and sizes, data modules and other configs.
 
     Args:
         pattern: Show names that match, such as ``gla*``.
     """
-    sections = {
-        "architectures (--model)": dict(architectures()),
-        "data (--data)": dict(_classes("datamodules", "LightningDataModule")),
-        "configs (--config)": dict(configs()),
-    }
-    for title, found in sections.items():
-        matching = {
-            name: text
-            for name, text in sorted(found.items())
-            if fnmatch.fnmatch(name.lower(), pattern.lower())
-        }
-        if matching:
-            width = max(map(len, matching))
-            lines = (f"  {name:<{width}}  {text}".rstrip() for name, text in matching.items())
-            sys.stdout.write("\n".join([title, *lines, ""]) + "\n")
-
-
-def architectures() -> Iterator[tuple[str, str]]:
-    """Yield the modules that mixers have, with their first line of documentation."""
-    for name, text in _classes("zoo", "Mixer"):
-        yield {"Attention": "Transformer"}.get(name, name), text
-    yield "Hybrid", "A stack of different mixers: the list of them repeats over the layers."
-
-
-def configs() -> Iterator[tuple[str, str]]:
-    """Yield the shipped configs, with their first comment."""
-    for file in _walk(files("statezoo") / "configs"):
-        if file.name.endswith(".yaml"):
-            first = file.read_text(encoding="utf-8").partition("\n")[0]
-            yield file.name, first.lstrip("# ") if first.startswith("#") else ""
-
-
-def _walk(folder: Traversable) -> Iterator[Traversable]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _walk(entry)
-        else:
-            yield entry
-
-
-def _classes(part: str, base: str) -> Iterator[tuple[str, str]]:
-    """Read classes off the source, without importing torch."""
-    for file in (files("statezoo") / part).iterdir():
-        if not file.name.endswith(".py"):
-            continue
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef) and base in {_last(b) for b in node.bases}:
-                text = ast.get_docstring(node) or ""
-                yield node.name, text.partition("\n")[0]
-
-
-def _last(base: ast.expr) -> str:
-    return ast.unparse(base).rpartition(".")[2]
+    sys.stdout.write(listing(pattern) + "\n")
 
 
 def train_tokenizer(*paths: str, out: str, vocab_size: int = 4096) -> None:
