@@ -86,6 +86,17 @@ def test_is_causal_and_keeps_samples_apart(case, backend):
     assert not torch.allclose(o[1, 37:], o2[1, 37:])
 
 
+@each_case
+def test_fused_backend_equals_the_recurrence(case):
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    inputs, cu = packed_inputs(case, [0, 1, 17, 3], 0), bounds([0, 1, 17, 3])
+    want = case.all_of(inputs, "reference", cu)
+    narrow = {name: x.float().to(device) for name, x in inputs.items()}
+    got = case.all_of(narrow, "triton", cu.to(device))
+    # float32 products of some 20 steps, of strength to 2
+    assert_close({name: x.cpu() for name, x in got.items()}, want, 2e-5)
+
+
 @pytest.mark.parametrize("gate", [0.0, -20.0, -1e4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("case", [c for c in CASES if c.gate], ids=lambda c: c.name)

@@ -8,7 +8,7 @@ from tests.zoo import toy_mixer  # noqa: F401  registers a mixer
 from tests.zoo.cases import WORDS, make, tokens
 from transformers import AutoModel, AutoModelForCausalLM
 
-from statezoo.zoo import StateZooConfig, StateZooForCausalLM, StateZooModel, init
+from statezoo.zoo import MIXERS, StateZooConfig, StateZooForCausalLM, StateZooModel, init
 
 TOY = {"vocab_size": WORDS, "d_model": 64, "n_layers": 2, "mixers": ["toy_mixer"]}
 
@@ -192,8 +192,15 @@ def test_says_what_is_wrong(arguments, error, words):
         make("hybrid")(**arguments)
 
 
-@pytest.mark.parametrize("case", ["gla", "attention", "attention-window"])
+QUICK = ("gla", "attention", "attention-window", "gated_deltanet", "mamba")  # every op once
+
+
+@pytest.mark.parametrize(
+    "case",
+    [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(MIXERS) if n not in QUICK)],
+)
 def test_compiles_without_graph_breaks(case):
+    torch._dynamo.reset()
     net, ids = make(case, torch.float32), tokens(2, 20)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids).logits, net(ids).logits)
