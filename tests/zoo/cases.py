@@ -43,6 +43,7 @@ MORE = {  # settings beside the defaults
     "mom-retnet": [{"name": "mom", "inner": "retnet", "single_kv": True, "n_memories": 3}],
     "hybrid": ["gla", {"name": "attention", "n_heads": 2}],
     "hybrid-window": [{"name": "attention", "window": 3}, {"name": "gla", "d_conv": 2}],
+    "hybrid-mom": ["mom", {"name": "attention", "window": 2, "sinks": 1}],
 }
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -96,7 +97,17 @@ def cases():
     return found
 
 
+def kinds():
+    """One case of every mixer, and of every short pattern of several."""
+    found = {}
+    for case, entries in CASES.items():
+        if len(entries) <= 4:
+            found.setdefault(tuple(entry["name"] for entry in entries), case)
+    return [*found.values()]
+
+
 CASES = cases()
+KINDS = kinds()
 
 
 def make(case, dtype=torch.float64, n_layers=2, seed=0, **settings):

@@ -1,15 +1,16 @@
-"""generate() and the recurrent cache, on hybrids of recurrence and attention."""
+"""generate() and the recurrent cache: of every kind of state, or of a few hybrids."""
 
 import io
 
 import pytest
 import torch
-from tests.zoo.cases import make, tokens
+from tests.zoo.cases import CASES, KINDS, make, tokens
 from transformers import DynamicCache, StaticCache
 
-from statezoo.zoo import cache_from_tensors, cache_to_tensors, detach, fork
+from statezoo.zoo import MIXERS, cache_from_tensors, cache_to_tensors, detach, fork
 
 each_net = pytest.mark.parametrize("case", ["gla-conv", "hybrid", "hybrid-window"])
+each_kind = pytest.mark.parametrize("case", KINDS)
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
@@ -37,7 +38,6 @@ def test_sampling_repeats_with_its_seed(case):
     "more",
     [
         {"num_beams": 3},
-        {"num_beams": 3, "num_return_sequences": 2},
         {"num_beams": 2, "length_penalty": 0.1},
         {"repetition_penalty": 1.3},
         {"min_new_tokens": 3},
@@ -47,6 +47,13 @@ def test_every_way_is_the_same_without_cache(case, more):
     net = make(case)
     want = net.generate(**prompt(), use_cache=False, **OPTIONS | more)
     assert torch.equal(net.generate(**prompt(), **OPTIONS | more), want)
+
+
+@each_kind
+def test_beams_are_the_same_without_cache(case):
+    net, options = make(case), OPTIONS | {"num_beams": 3, "num_return_sequences": 2}
+    want = net.generate(**prompt(), use_cache=False, **options)
+    assert torch.equal(net.generate(**prompt(), **options), want)
 
 
 @each_net
@@ -67,7 +74,7 @@ def test_from_embeddings(case):
     assert torch.equal(got, net.generate(**prompt(), **OPTIONS)[:, 6:])
 
 
-@each_net
+@each_kind
 def test_continues_from_a_returned_cache(case):
     net = make(case)
     first = net.generate(**prompt(), **OPTIONS, return_dict_in_generate=True)
@@ -104,7 +111,7 @@ def logits(net, cache, ids):
     return net(ids, past_key_values=cache).logits
 
 
-@each_net
+@each_kind
 def test_states_can_be_selected_and_repeated(case):
     net, ids = make(case), tokens(3, 4, seed=7)
     want = logits(net, filled(net), ids)
@@ -119,7 +126,7 @@ def test_states_can_be_selected_and_repeated(case):
     torch.testing.assert_close(got, want.repeat_interleave(2, 0), atol=1e-9, rtol=0)
 
 
-@each_net
+@each_kind
 def test_a_fork_goes_its_own_way(case):
     net, a, b = make(case), tokens(3, 4, seed=7), tokens(3, 2, seed=8)
     cache = filled(net)
@@ -177,3 +184,10 @@ def _llama():
     from transformers import LlamaConfig
 
     return LlamaConfig(num_hidden_layers=2)
+
+
+def test_every_mixer_and_enough_hybrids_are_covered():
+    mixers = {case: {entry["name"] for entry in CASES[case]} for case in KINDS}
+    alone = {name for names in mixers.values() if len(names) == 1 for name in names}
+    assert alone == {n for n, m in MIXERS.items() if m.__module__.startswith("statezoo.zoo.")}
+    assert sum(len(names) > 1 for names in mixers.values()) >= 6
