@@ -90,7 +90,35 @@ def gla(layer, x, config, i, w):
 
 
 def delta(layer, x, config, i, w):
-    """DeltaNet, Gated DeltaNet, Gated DeltaProduct: ``n`` writes a token, in the layout (n h d)."""
+    """DeltaNet, Gated DeltaNet, Gated DeltaProduct."""
+    norm = "o_norm.weight" if "o_norm.weight" in layer else "norm.weight"
+    return gated(layer, delta_heads(layer, x, config), x, norm, config.get("norm_eps", 1e-6))
+
+
+def mom(layer, x, config, i, w):
+    """Gated DeltaNets, each on the tokens sent to it; the shared one on all."""
+    p = (x @ layer["gate.weight"].T).softmax(-1)
+    top, chosen = p.topk(config["topk"])
+    top = top / top.sum(-1, keepdim=True)
+
+    def memory(names):
+        writes = {f"{s}_proj.weight": layer[names.format(s)] for s in "kvba"}
+        return lambda tokens: torch.stack(delta_heads(layer | writes, tokens, config), 1)
+
+    single = "k_proj.0.weight" not in layer
+    o = memory("shared_{}.weight")(x) if config["shared_mem"] else 0.0
+    for j in range(p.shape[1]):
+        t, place = (chosen == j).nonzero(as_tuple=True)
+        if len(t):
+            read = memory("shared_{}.weight" if single else f"{{}}_proj.{j}.weight")(x[t])
+            o = o + torch.zeros(len(x), *read.shape[1:], dtype=x.dtype).index_add(
+                0, t, top[t, place, None, None] * read
+            )
+    return gated(layer, o.unbind(1), x, "o_norm.weight", config.get("norm_eps", 1e-6))
+
+
+def delta_heads(layer, x, config):
+    """What each head reads, ``n`` writes a token in the layout (n h d)."""
     H = config["num_heads"]
     Hv = config.get("num_v_heads") or H
     n = layer["b_proj.weight"].shape[0] // Hv
@@ -109,8 +137,7 @@ def delta(layer, x, config, i, w):
         g = h * H // Hv
         decay = f[:, h, None].expand(-1, k.shape[-1])
         o.append(delta_memory(unit(q[:, g]), unit(k[:, :, g]), v[:, :, h], beta[..., h], decay))
-    norm = "o_norm.weight" if "o_norm.weight" in layer else "norm.weight"
-    return gated(layer, o, x, norm, config.get("norm_eps", 1e-6))
+    return o
 
 
 def kda(layer, x, config, i, w):
@@ -207,6 +234,8 @@ MIXERS = {
     "hgrn2": hgrn2,
     "kda": kda,
     "linear_attn": linear_attn,
+    "mom": mom,
+    "mom_gated_deltanet": mom,
     "retnet": retnet,
     "transformer": attention,
 }

@@ -9,8 +9,6 @@ from tests.zoo.published import D, I, L, W, logits, skeleton
 
 import statezoo
 from statezoo.zoo import convert
-from statezoo.zoo.convert.fla import convert_fla
-from statezoo.zoo.convert.source import Settings, Tensors
 
 COMMON = {"hidden_size": D, "num_hidden_layers": L, "vocab_size": W, "tie_word_embeddings": False}
 CONV = {f"{s}_conv1d.weight": (D, 1, 4) for s in "qkv"}
@@ -262,29 +260,37 @@ def test_says_which_tensor_is_wrong(tmp_path):
             convert.load(write(tmp_path, config, changed))
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("single", [False, True])
-def test_mom_keeps_its_published_names(single):
-    """Settings of either age, and the unused tensor of the first."""
+def test_mom(single, shared, tmp_path):
+    """Settings of either age, and the unused tensor of the first; the shared memory comes first."""
     parts = {f"{s}_proj.weight": (D, D) for s in "qgo"} | CONV
     parts |= {"gate.weight": (4, D), "A_log": (2,), "dt_bias": (2,), "o_norm.weight": (8,)}
-    parts |= {f"shared_{s}.weight": (D if s in "kv" else 2, D) for s in "kvba"}
+    rows = {"k": D, "v": D, "b": 2, "a": 2}
+    if single or shared:
+        parts |= {f"shared_{s}.weight": (n, D) for s, n in rows.items()}
     if not single:
-        rows = {"k": D, "v": D, "b": 2, "a": 2}
         parts |= {f"{s}_proj.{j}.weight": (n, D) for s, n in rows.items() for j in range(4)}
     tensors = skeleton(lambda _: {**parts, "D": (2,)}, fused=True)
-    old = {"num_experts": 4, "single_expert": single, "use_gate": True, "shared_mem": True}
-    old |= {"num_heads": 2, "head_dim": 8, "expand_v": 1, "topk": 2, "capacity": 1.0}
-    report = convert.Report("mom")
-    settings = Settings({"model_type": "mom_gated_deltanet", **COMMON, **old}, report)
-    moved = Tensors(tensors, report)
-    config = convert_fla(settings, moved)
-    settings.finish()
-    assert not moved.old
-    own = {name for name in moved.new if name.startswith("model.layers.1.mixer.")}
-    assert own == {f"model.layers.1.mixer.{name}" for name in parts}
-    (mixer,) = config["mixers"]
+    common = {**COMMON, "num_heads": 2, "head_dim": 8, "topk": 2, "norm_eps": 1e-5}
+    common |= {"expand_v": 1, "shared_mem": shared, "aux_loss_scale": 0.002}
+    new = {"model_type": "mom", "num_memories": 4, "single_kv_proj": single, **common}
+    old = {"num_experts": 4, "single_expert": single, "use_gate": True, "capacity": 1.0, **common}
+    net, report = assert_equals_published(write(tmp_path, new, tensors), new, tensors)
+    (mixer,) = net.config.mixers
     assert (mixer["n_memories"], mixer["top_k"], mixer["single_kv"]) == (4, 2, single)
-    assert mixer["inner"]["n_heads"] == 2
+    assert mixer["balance_coefficient"] == 0.002
+    assert mixer["inner_settings"]["norm_eps"] == 1e-5
+    assert "never used" in report.dropped["model.layers.0.attn.D"]
+    if not single:
+        stacked = net.model.layers[1].mixer.inner.k_proj.weight.chunk(4 + shared)
+        names = ["shared_k", "k_proj.0"] if shared else ["k_proj.0", "k_proj.1"]
+        for part, name in zip(stacked, names, strict=False):
+            assert torch.equal(part, tensors[f"model.layers.1.attn.{name}.weight"].double())
+    old["model_type"] = "mom_gated_deltanet"
+    again, report = convert.load(write(tmp_path, old, tensors))
+    assert again.config.mixers == net.config.mixers
+    assert "num_experts is read as num_memories" in str(report)
 
 
 def test_load_converts(tmp_path):

@@ -193,12 +193,10 @@ def _mom(s: Settings, layer: Layer) -> dict[str, Any]:
     s.only("mom_backend", "gated_deltanet")
     single = s.agree("single_kv_proj", "k_proj.0.weight" not in layer, "single_expert")
     shared = s.take("shared_mem", True)
-    for key in ("use_layer_wise_balance", "aux_loss_scale"):
-        s.take(key, None)  # of the training loss
+    s.take("use_layer_wise_balance", None)  # here it always is
     if s.take("capacity", 1.0) != 1.0:
         s.report.note("capacity is ignored, as in the published code")
     inner = {
-        "name": "gated_deltanet",
         "n_heads": s.take("num_heads", 4),
         "head_dim": s.take("head_dim", 256),
         "expand_v": s.take("expand_v", 1.0),
@@ -208,11 +206,13 @@ def _mom(s: Settings, layer: Layer) -> dict[str, Any]:
     M = layer.shape("gate.weight")[0]
     return {
         "name": "mom",
-        "inner": inner,
+        "inner": "gated_deltanet",
+        "inner_settings": inner,
         "n_memories": s.agree("num_memories", M, "num_experts"),
         "top_k": s.take("topk", 2),
         "shared_memory": shared,
         "single_kv": single,
+        "balance_coefficient": s.take("aux_loss_scale", 0.01),
     }
 
 
@@ -272,7 +272,9 @@ def convert_fla(settings: Settings, tensors: Tensors) -> dict[str, Any]:
     for i in range(n_layers):
         native = i not in attention
         mixer = read(settings, Layer(tensors, i)) if native else attention[i]
-        mixers.append({"norm_eps": eps} | mixer)
+        inside = mixer.get("inner_settings", mixer)  # where there is a norm
+        inside.setdefault("norm_eps", eps)
+        mixers.append(mixer)
     config = {
         "d_model": d,
         "n_layers": n_layers,
@@ -315,19 +317,24 @@ def _move_mixer(tensors: Tensors, i: int, renames: dict[str, str]) -> None:
     """Give the tensors of a mixer and the norm before it their new names."""
     old, new = f"model.layers.{i}.attn.", f"model.layers.{i}.mixer."
     tensors.move(f"model.layers.{i}.attn_norm.weight", f"model.layers.{i}.mixer_norm.weight")
+    several = old + "gate.weight" in tensors  # the router of several memories
     lists: dict[str, list[tuple[int, str]]] = {}
     for name in [name for name in tensors.old if name.startswith(old)]:
         own = name.removeprefix(old)
         member = re.fullmatch(r"([qkvb]_(?:proj|conv1d))s\.(\d+)\.weight", own)
+        memory = re.fullmatch(r"(?:shared_([kvba])|([kvba])_proj\.(\d+))\.weight", own)
         if own in UNUSED:
             tensors.drop(name, UNUSED[own])
         elif member:
             lists.setdefault(member[1], []).append((int(member[2]), name))
-        elif own == "A_log":  # has ones around its heads in early KDA
-            tensors.move(name, new + own, torch.flatten)
+        elif memory:  # the shared one comes first
+            whose = f"inner.{memory[1] or memory[2]}_proj"
+            lists.setdefault(whose, []).append((int(memory[3] or -1), name))
         else:
-            tensors.move(name, new + renames.get(own, own))
-    for own, members in lists.items():  # one row block per write: the layout (n h d)
+            inner = "inner." if several and own != "gate.weight" else ""
+            flat = torch.flatten if own == "A_log" else None  # ones around its heads in early KDA
+            tensors.move(name, new + inner + renames.get(own, own), flat)
+    for own, members in lists.items():  # one row block per write, (n h d), or per memory
         tensors.join([name for _, name in sorted(members)], f"{new}{own}.weight")
 
 
