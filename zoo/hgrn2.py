@@ -30,14 +30,14 @@ class HGRN2(Mixer):
     The lower bound ``b`` of the forget gates is learned per channel, as a logit. In the published
     model all layers' bounds come from one table, by a cumulative softmax over depth: they rise
     from exactly 0 in the first layer, and start at ``i/L`` in layer ``i`` of ``L``. Here every
-    layer has its own: the same functions, and any such table loads exactly, but training does not
-    tie the layers. For the published start give each layer its own ``lower_bound``.
+    layer has its own, with the same start: the same functions, and any such table loads exactly,
+    but training does not tie the layers.
 
     Args:
         d_model: Width of the stream.
         n_heads: Heads.
         lower_bound: Where the bounds start, in [0, 1); 0 is no bound, now and later. Default
-            ``(L-1) / 2L`` in a model of ``L`` layers, the mean of the published starts.
+            ``i / L`` in layer ``i`` of ``L``, at least 1e-4.
         norm_eps: Added under the root of the output norm, which runs over all heads.
         backend: Implementation of the recurrence.
 
@@ -75,9 +75,9 @@ class HGRN2(Mixer):
         self.o_proj = nn.Linear(d_model, d_model, bias=False)
 
     def reset_parameters(self, n_layers: int) -> None:
-        """Start the bounds at the mean of the published ones, where no other start is set."""
+        """Start the bounds as published, rising with depth, where no other start is set."""
         if self.lower_bound is None and self.bound_bias is not None:
-            start = torch.logit(torch.tensor((n_layers - 1) / (2 * n_layers)), eps=1e-4)
+            start = torch.logit(torch.tensor(self.layer / n_layers), eps=1e-4)
             nn.init.constant_(self.bound_bias, start.item())
 
     def recur(

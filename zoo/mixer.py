@@ -26,6 +26,7 @@ class Mixer(nn.Module):
 
     Attributes:
         name: Name in configurations.
+        layer: Which block of the model this is in, from 0; for :meth:`reset_parameters`.
         reads: Projections of the stream that :meth:`recur` only reads with.
         writes: Those that it writes with, as far as a mixer has them. A mixer of matrix states
             names both, and has ``recur`` and ``read_out`` instead of ``forward``; no other access
@@ -39,6 +40,7 @@ class Mixer(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
     read_width: int = 0
+    layer: int = 0
     auxiliary: dict[str, Tensor] | None = None
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:

@@ -131,6 +131,10 @@ class StateZooModel(StateZooPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList([Block(config, mixer) for mixer in config.layer_mixers])
+        for layer, block in enumerate(self.layers):
+            for part in block.modules():
+                if isinstance(part, Mixer):
+                    part.layer = layer
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.post_init()  # type: ignore[no-untyped-call]
 
