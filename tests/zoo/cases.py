@@ -1,5 +1,6 @@
 """Tiny models of every mixer, of some hybrids, and of every shipped configuration."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -64,6 +65,11 @@ def inner_of(entry):
     return {k: v for k, v in small(entry).items() if k in ("inner", "inner_settings")}
 
 
+def window_of(entry):
+    """A window short enough to matter, where an entry has one."""
+    return {"window": 3} if entry.get("window") else {}
+
+
 def shipped():
     """The mixers of every configuration in configs/ that describes a model."""
     by_class = {mixer.__name__: name for name, mixer in MIXERS.items()} | {
@@ -80,18 +86,24 @@ def shipped():
             own = mixer_settings(by_class[name])
             entries = [{"name": by_class[name]} | {k: v for k, v in given.items() if k in own}]
         entries = [{"name": e} if isinstance(e, str) else dict(e) for e in entries]
-        found[file.stem] = [e | small(e["name"]) | inner_of(e) for e in entries]
+        found[file.stem] = [e | small(e["name"]) | inner_of(e) | window_of(e) for e in entries]
     return found
 
 
 def cases():
-    """Mixers of each tiny model, by name; each pattern once, and no mixer twice in a row."""
+    """Mixers of each tiny model, by name; each pattern once, and no mixer twice in a row.
+
+    A pattern ends where only pairs of neighbours follow that it has had.
+    """
     own = {n: [n] for n, m in MIXERS.items() if m.__module__.startswith("statezoo.zoo.")}
     every = {**own, **MORE, **{f"configs/{n}": e for n, e in shipped().items() if e}}
     found = {}
     for name, entries in every.items():
         pattern = [resolve_mixer(small(entry)) for entry in entries]
         pattern = [e for i, e in enumerate(pattern) if i == 0 or e != pattern[i - 1]]
+        pairs = list(pairwise(pattern))
+        new = [i for i, pair in enumerate(pairs) if pair not in pairs[:i]]
+        pattern = pattern[: max(new, default=-1) + 2]
         if pattern not in found.values():
             found[name] = pattern
     return found

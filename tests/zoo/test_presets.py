@@ -17,7 +17,6 @@ PRESETS = {  # text of every shipped config of a model that is not a whole run
     for file in sorted(CONFIGS.rglob("*.yaml"))
     if (content := yaml.safe_load(text := file.read_text())) and content.keys() == {"model"}
 }
-SIZES = PRESETS  # for test_mom.py
 WHERE = {"": "CPU in minutes", "tiny": "CPU in minutes", "small": "CPU in hours"}
 NAMES = {mixer.__name__: name for name, mixer in MIXERS.items()} | {"Transformer": "attention"}
 
