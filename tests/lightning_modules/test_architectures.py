@@ -9,7 +9,6 @@ from statezoo.lightning_modules import ARCHITECTURES, architecture, architecture
 from statezoo.lightning_modules.architectures import CLASS_NAMES
 from statezoo.zoo import MIXERS, mixer_settings
 
-
 SHIPPED = sorted(n for n, mixer in MIXERS.items() if mixer.__module__.startswith("statezoo."))
 
 
