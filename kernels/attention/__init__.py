@@ -72,6 +72,13 @@ def attention(
     Raises:
         ValueError: If shapes disagree or a size is out of range.
 
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 100, 4, 16)
+        >>> o, past = attention(q, k, v, window=32)
+        >>> o, past = attention(q[:, :1], k[:, :1], v[:, :1], window=32, past=past)
+        >>> o.shape, past.k.shape
+        (torch.Size([2, 1, 4, 16]), torch.Size([2, 31, 4, 16]))
+
     Source: Vaswani et al., arXiv:1706.03762v7, eq. 1; sinks after Xiao et al., arXiv:2309.17453v4,
     section 3.2.
     """

@@ -53,6 +53,9 @@ def linear_cross_entropy(
         >>> x, weight = torch.randn(2, 100, 16), torch.randn(256, 16)
         >>> linear_cross_entropy(x, weight, torch.randint(256, (2, 100))).shape
         torch.Size([])
+
+    Source: gradients in the forward pass after Hsu et al., Liger Kernel, arXiv:2410.10989v2,
+    section 3.2.
     """
     _check(x, weight, targets, reduction, chunk)
     device = x.device.type
