@@ -1,4 +1,4 @@
-"""No architecture turns to NaN at ten times the learning rate; or it says at which step."""
+"""No architecture turns to NaN at ten times the learning rate."""
 
 import pytest
 import torch
@@ -64,9 +64,5 @@ def test_sixty_steps_at_ten_times_the_rate(case, trainer):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_five_hundred_steps_at_ten_times_the_rate(case, trainer):
-    try:
-        before, after = hot(case, trainer, 500)
-    except FloatingPointError as error:
-        assert "the training loss is nan at step" in str(error)  # noqa: PT017
-    else:
-        assert after < before
+    before, after = hot(case, trainer, 500)
+    assert after < before / 2  # measured: 4.8 nats before, 0.7 to 1.2 after
