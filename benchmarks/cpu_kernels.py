@@ -1,10 +1,11 @@
 """Times the CPU kernels beside their peers: python benchmarks/cpu_kernels.py [--quick].
 
 Ours and the peer run alternately in this process, forward and backward in float32; a row is the
-median of the ratios of neighbouring runs, so that a noisy machine slows both. Times are CPU seconds
-of all threads. Peers: flash-linear-attention's naive functions (skipped, and said so, where it
-cannot be imported: it breaks transformers on CPU, so keep it out of the environment and on
-PYTHONPATH for this script), transformers' torch functions, torch's own attention.
+median of the ratios of neighbouring runs, so that a noisy machine slows both. Times are CPU time
+with one thread, wall time with more (waiting threads burn CPU time). Peers: fla's naive functions
+(skipped, and said so, where `fla` cannot be imported: it breaks transformers on CPU, so keep it out
+of the environment and on PYTHONPATH for this script), transformers' torch functions, torch's own
+attention.
 """
 
 import argparse
@@ -160,11 +161,12 @@ def scan_rows(T: int, runs: int, peer_T: int) -> Iterator[Row]:
     yield Row(title, of(layer, long), of(layer, short), linear / 1.15, max(2, runs // 4))
 
 
-def cpu_seconds(run: Callable[[], object]) -> float:
-    """Return the CPU time of one call, all threads."""
-    start = time.process_time()
+def seconds(run: Callable[[], object]) -> float:
+    """Return the time of one call: of the CPU with one thread, on the wall with more."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     run()
-    return time.process_time() - start
+    return clock() - start
 
 
 def measure(row: Row) -> str:
@@ -174,7 +176,7 @@ def measure(row: Row) -> str:
     row.ours()
     if row.runs > 1:
         row.peer()
-    pairs = [(cpu_seconds(row.ours), cpu_seconds(row.peer)) for _ in range(row.runs)]
+    pairs = [(seconds(row.ours), seconds(row.peer)) for _ in range(row.runs)]
     ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = statistics.median(p / o for o, p in pairs)
     goal = "" if row.goal is None else f"{row.goal:.3g}"
@@ -238,7 +240,7 @@ def main() -> None:
     runs, shapes, peer_T = (4, SHAPES[:1], 256) if args.quick else (11, SHAPES, 1024)
     for threads in args.threads:
         torch.set_num_threads(threads)
-        print(f"\n{threads} thread(s), forward + backward, float32, CPU ms\n")
+        print(f"\n{threads} thread(s), forward + backward, float32, ms\n")
         print("| ours / peer | ours | peer | peer : ours | goal |\n| --- | --- | --- | --- | --- |")
         for shape in shapes:
             for row in matrix_rows(shape, runs):
