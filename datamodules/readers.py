@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -151,17 +152,25 @@ class Files:
                 yield Document(text, split)
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 def _files_in(folder: Path) -> list[Path]:
-    """Files of a folder and its sub-folders, hidden ones left out."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        (path for path in found if not _hidden(path.relative_to(folder))),
-        key=lambda path: path.as_posix(),
-    )
+    """Files of a folder and its sub-folders, hidden ones left out; links lead nowhere twice.
+
+    Raises:
+        OSError: If a sub-folder may not be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    found, seen = [], {folder.resolve()}
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        here = Path(place)
+        found += [here / name for name in names if not name.startswith(".")]
+        subfolders = {name: (here / name).resolve() for name in sorted(folders)}
+        new = {real: name for name, real in reversed(subfolders.items()) if real not in seen}
+        folders[:] = [name for name in new.values() if not name.startswith(".")]
+        seen |= new.keys()
+    return sorted((file for file in found if file.is_file()), key=lambda file: file.as_posix())
 
 
 def _named_split(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -273,8 +274,7 @@ class BPE(Tokenizer):
 
         config = json.loads(state.get(CONFIG_FILE, "{}"))
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        found = {name: _token_text(config.get(name)) for name in names}
-        special = {name: text for name, text in found.items() if text is not None}
+        special = {n: text for n in names if (text := _token_text(config.get(n))) is not None}
         return cls(Backend.from_str(state[TOKENS_FILE]), special.get("bos_token"), special)
 
 
@@ -346,7 +346,7 @@ def _from_transformers(source: str | Path) -> Tokenizer:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"No tokenizer {str(source)!r}: give bytes, characters, a tokenizer.json, a folder "
-            f"with one, or a name on the Hub ({reason})"
+            f"with one, the .ckpt of a run, or a name on the Hub ({reason})"
         ) from error
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
@@ -392,6 +392,8 @@ def train_bpe(paths: Sequence[str | Path], vocab_size: int, out: str | Path) -> 
         reasons = "".join(f"\n  {line}" for line in report[:10])
         raise ValueError(f"No text in {', '.join(map(str, paths))}: add some.{reasons}")
     backend.train_from_iterator(chain([first], texts), trainer)
+    for line in report[:20]:
+        logging.getLogger(__name__).warning(f"skipped {line}")
     tokenizer = BPE(backend, END_OF_TEXT, {"eos_token": END_OF_TEXT})
     tokenizer.save(out)
     return tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.network import export, load_network
+
+log = logging.getLogger(__name__)
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -83,7 +86,7 @@ class ValidateLast(Callback):
 class Checkpoints(Checkpoint):
     """Keep the newest state, ``last.ckpt``, and the one that validated best, ``best.ckpt``.
 
-    Either resumes the run exactly where it was.
+    Either resumes the run exactly where it was. The signal TERM has ``last.ckpt`` written first.
 
     Args:
         every_n_steps: Optimiser steps between two writings of ``last.ckpt``; it is written at the
@@ -122,6 +125,8 @@ class Checkpoints(Checkpoint):
         """Write ``last.ckpt`` where it is time."""
         step = trainer.global_step
         due = step % self.every_n_steps == 0 or trainer.should_stop or trainer.is_last_batch
+        if trainer.world_size == 1 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            due = due or trainer.received_sigterm
         if due and step > self._saved_step and not _trying(trainer):
             self._saved_step = step
             self.last_model_path = self.path(trainer, "last")
@@ -130,12 +135,29 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.ckpt`` where the value is the smallest so far."""
         score = trainer.callback_metrics.get(self.monitor)
-        if score is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if score is None:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            log.warning(f"no best.ckpt: nothing logs {self.monitor!r}; there are {known}")
             return
         if float(score) < self.best_score and not _trying(trainer):
             self.best_score = float(score)
             self.best_model_path = self.path(trainer, "best")
             trainer.save_checkpoint(self.best_model_path, weights_only=False)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Say how to go on where the run was stopped from outside."""
+        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.is_global_zero:
+            folder = Path(self.last_model_path).parent
+            log.warning(
+                f"stopped at step {trainer.global_step}, saved at {self._saved_step}: go on with  "
+                f"statezoo fit --config {folder / 'config.yaml'} --ckpt_path {folder}"
+                if self.last_model_path
+                else f"stopped at step {trainer.global_step}, before the first checkpoint"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value so far."""

@@ -32,7 +32,9 @@ def read(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {str(path)!r}.")
     if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{str(path)!r} is no checkpoint.")
+        raise CheckpointError(
+            f"{str(path)!r} is no checkpoint, or was cut off: take another of the run's."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types here, none of which says which file

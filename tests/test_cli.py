@@ -256,6 +256,17 @@ def test_shipped_configs_parse(name, folder, capsys):
     assert config["model"]["class_path"].startswith("statezoo.lightning_modules.")
 
 
+def test_settings_may_stand_before_their_class(folder, capsys):
+    config = printed(["fit", "--model.d_model", "24", "--data.seq_len=8", "--data", "Text",
+                      "--model=GLA", "--trainer.max_steps", "3"], capsys)  # fmt: skip
+    assert config["model"]["init_args"]["d_model"] == 24
+    assert config["data"]["init_args"]["seq_len"] == 8
+    config = printed(
+        ["fit", "--model.d_model", "24", "--config", "gla.yaml", "--data", "Text"], capsys
+    )
+    assert config["model"]["init_args"]["d_model"] == 24
+
+
 # --------------------------------------------------------------------- mistakes
 
 FIT = ["fit", "--model", "GLA", "--data", "Text"]
@@ -287,6 +298,19 @@ MISTAKES = [
     (["fit", "--model", "Hybrid", "--data", "Text", "--model.mixers", "[{name: gla, n_head: 1}]"],
      "did you mean 'n_heads'?"),
     (["fit", "--config", "bad.yaml", "--data", "Text"], "no setting 'd_modle' (did you mean"),
+    (["fit", "--model.d_modle", "64", *FIT[1:]], "no setting 'd_modle' (did you mean d_model?)"),
+    (["fit", "--model.d_model", "64", "--data", "Text"], "--model must be given"),
+    ([*FIT, "--model.optim", "AdamW"], "optim: expected settings, or a file of them, got 'AdamW'"),
+    ([*FIT, "--trainer.precision", "bf17"], "expected int or Literal['"),
+    ([*FIT, "--trainer.max_steps=-5"], "You passed in -5"),
+    (["fit", "--model", "Transformer", "--data", "Text", "--model.window", "abc"],
+     "window: expected int, got abc"),
+    ([*FIT, "--data.tokenizer", "folder/a/b"], "No tokenizer 'folder/a/b': give bytes"),
+    ([*FIT, "--config", "open.yaml"], "'open.yaml' is not YAML in line 2"),
+    ([*FIT, "--config", "empty.yaml"], "'empty.yaml' holds no settings"),
+    ([*FIT, "--trainer.default_root_dir", "text.txt"], "--trainer.default_root_dir"),
+    (["export", "x"], "error: folder must be given"),
+    (["convert", "nowhere", "x"], "nowhere is not a folder"),
     (["generate", "--promt", "x"], "no setting 'promt' (did you mean prompt?)"),
     (["generate", "--prompt", "x"], "needs --ckpt or --model"),
     (["generate", "--prompt", "x", "--ckpt", "nope.ckpt"], "there is no checkpoint 'nope.ckpt'"),
@@ -300,6 +324,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "answer"), MISTAKES, ids=lambda x: " ".join(x)[:60])
 def test_mistakes_are_answered_in_a_line_or_two(arguments, answer, folder, capsys):
     Path("bad.yaml").write_text("model: {class_path: GLA, init_args: {d_modle: 8}}\n")
+    Path("open.yaml").write_text("model: {class_path: GLA\ndata: Text\n")
+    Path("empty.yaml").write_text("")
     assert answer in told(arguments, capsys)
 
 
@@ -312,6 +338,23 @@ def test_checkpoints_of_other_models_are_told(run, folder, capsys):
     text = told(["fit", "--model", "Transformer", "--data", "Text", *SMALL, "--model.pretrained",
                  str(run / "last.ckpt")], capsys)  # fmt: skip
     assert "of another architecture: its mixers are gla" in text
+
+
+def test_settings_beside_a_checkpoint_do_not_hide_its_model(run, folder, capsys, caplog):
+    path = ["--ckpt_path", str(run), "--data", "Text", *SMALL]
+    assert "has n_heads 4, the model 2" in told(["fit", *path, "--model.n_heads", "2"], capsys)
+    text = told(["test", *path, "--data.tokenizer", "characters"], capsys)
+    assert f"--data.tokenizer {run / 'best.ckpt'}" in text
+    main(["fit", *path, *TINY, "--trainer.max_steps", "4"])
+    assert "nothing to do" in caplog.text
+
+
+def test_a_run_is_a_source_of_weights(run, folder, caplog):
+    main(["fit", "--model", "GLA", "--model.pretrained", str(run), "--data", "Text", *SMALL, *TINY,
+          "--trainer.max_steps", "1", "--checkpoints.monitor", "val/nil"])  # fmt: skip
+    assert "no best.ckpt: nothing logs 'val/nil'; there are" in caplog.text
+    main(["test", "--model", "GLA", "--data", "Text", *SMALL, *TINY])
+    assert "these are fresh weights" in caplog.text
 
 
 def test_errors_come_soon():

@@ -19,6 +19,9 @@ KEYWORDS = ("best", "last", "hpc", "registry")
 def prepare(arguments: Sequence[str]) -> list[str]:
     """Resolve names of configs and checkpoints, and take the model from a checkpoint.
 
+    Configs come first, then the classes of model and data, then their settings, whatever the
+    order in which they were given: what is on the command line wins, and no setting is lost.
+
     Args:
         arguments: The subcommand and what follows it.
 
@@ -34,11 +37,13 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         options.replace(name, find_config)
     for name in ("--model", "--data"):
         options.replace(name, lambda value: find_config(value) if _is_yaml(value) else value)
+    options.replace("--model.pretrained", find_weights)
     first = "last" if command == "fit" else "best"
     options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v, first)))
     checkpoint = next(iter(options.values("--ckpt_path")), None)
     if checkpoint and checkpoint not in KEYWORDS and not _names_model(options):
-        return [command, "--model", json.dumps(model_of(checkpoint)), *options.arguments]
+        options.arguments += ["--model", json.dumps(model_of(checkpoint))]
+    options.bring_forward(("--config", "-c"), ("--model", "--data"))
     return [command, *options.arguments]
 
 
@@ -65,8 +70,15 @@ class _Options:
         for i, prefix in self._places(name):
             self.arguments[i] = prefix + change(self.arguments[i].removeprefix(prefix))
 
-    def given(self, name: str) -> bool:
-        return any(a == name or a.startswith((f"{name}=", f"{name}.")) for a in self.arguments)
+    def bring_forward(self, *ranks: tuple[str, ...]) -> None:
+        """Put the named options first, rank by rank; within a rank and after, the order stays."""
+        first: list[str] = []
+        for names in ranks:
+            places = sorted(place for name in names for place in self._places(name))
+            kept = {i - 1 if not prefix else i for i, prefix in places} | {i for i, _ in places}
+            first += [a for i, a in enumerate(self.arguments) if i in kept]
+            self.arguments = [a for i, a in enumerate(self.arguments) if i not in kept]
+        self.arguments = first + self.arguments
 
 
 def _is_yaml(value: str) -> bool:
@@ -77,11 +89,13 @@ def find_config(name: str) -> str:
     """Return the path of a config: the user's file, else one that we ship.
 
     Raises:
-        ValueError: If there is neither; names the nearest of ours.
+        ValueError: If there is neither; names the nearest of ours. Also if the user's file is not
+            a mapping in YAML.
     """
-    if Path(name).is_file() or not _is_yaml(name):
-        if Path(name).is_file():
-            return name
+    if Path(name).is_file():
+        read_config(name)
+        return name
+    if not _is_yaml(name):
         name = f"{name}.yaml" if "." not in Path(name).name else name
     from importlib.resources import files
 
@@ -89,6 +103,31 @@ def find_config(name: str) -> str:
     if name in shipped:
         return str(shipped[name])
     raise ValueError(f"no config {name!r}{nearest(name, shipped)}; statezoo list shows ours")
+
+
+def read_config(file: str) -> dict[str, Any]:
+    """Return what a config says, interpolations as they stand.
+
+    Raises:
+        ValueError: If it is not a mapping in YAML; names the file, and the line.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or error
+        raise ValueError(f"config {file!r} is not YAML{line}: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"config {file!r} holds no settings: write model:, data: or trainer:.")
+    return content
+
+
+def find_weights(source: str) -> str:
+    """Return the best checkpoint where the source is the folder of a run, else the source."""
+    folder = Path(source)
+    is_run = folder.is_dir() and not (folder / "config.json").is_file()
+    return str(find_checkpoint(folder)) if is_run else source
 
 
 def find_checkpoint(path: str | Path, first: str = "best") -> Path:
@@ -118,14 +157,8 @@ def find_checkpoint(path: str | Path, first: str = "best") -> Path:
 
 def _names_model(options: _Options) -> bool:
     """Say whether the command line or one of its configs names a model."""
-    if options.given("--model"):
-        return True
-    for name in ("--config", "-c"):
-        for file in options.values(name):
-            content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-            if isinstance(content, dict) and "model" in content:
-                return True
-    return False
+    configs = [*options.values("--config"), *options.values("-c")]
+    return bool(options.values("--model")) or any("model" in read_config(f) for f in configs)
 
 
 def model_of(checkpoint: str) -> dict[str, Any]:

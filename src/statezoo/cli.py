@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from pathlib import Path
+from traceback import walk_tb
+from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import statezoo.datamodules as datamodules
 import statezoo.lightning_modules as lightning_modules
@@ -21,6 +26,8 @@ from statezoo import arguments as args_
 from statezoo.lightning_modules import callbacks, checkpoint
 from statezoo.main import RUN
 from statezoo.parser import FriendlyErrors, fail
+
+log = logging.getLogger(__name__)
 
 DEFAULT_STEPS = 1000
 """Optimiser steps where neither steps, epochs nor time are given."""
@@ -35,6 +42,8 @@ TRAINER = {
     "use_distributed_sampler": False,
 }
 
+KINDS: dict[type, str] = {LightningModule: "model", LightningDataModule: "data"}
+
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
 
@@ -44,10 +53,16 @@ class Parser(FriendlyErrors, LightningArgumentParser):
     def add_class_arguments(self, theclass: Any, nested_key: str | None = None, **more: Any) -> Any:
         """Remember of which part these are the settings."""
         if nested_key is None and isinstance(theclass, type):
-            kinds = {LightningModule: "model", LightningDataModule: "data"}
-            found = [kind for base, kind in kinds.items() if issubclass(theclass, base)]
+            found = [kind for base, kind in KINDS.items() if issubclass(theclass, base)]
             self.part = f"{found[0]} {theclass.__name__}" if found else ""
         return super().add_class_arguments(theclass, nested_key, **more)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ask for the class where settings came without one."""
+        for base, kind in KINDS.items():
+            if self.part == f"{kind} {base.__name__}":
+                self.part, message = "", f"arguments are required: {kind}"
+        super().error(message, ex)
 
     def known_words(self, where: str) -> Iterable[str]:
         """Return names of classes where a class belongs, and of settings elsewhere."""
@@ -119,7 +134,9 @@ class StateZooCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except OmegaConfBaseException as error:
-            key = re.sub(r"key '\.", "key '", str(error).partition(" (resolved")[0].splitlines()[0])
+            key = re.sub(
+                r"key '\.+", "key '", str(error).partition(" (resolved")[0].splitlines()[0]
+            )
             parser.error(key)
 
     def _parse_ckpt_path(self) -> None:
@@ -140,9 +157,18 @@ class StateZooCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Compare the checkpoint with the model before anything is read into it."""
-        path = self.config[self.subcommand].get("ckpt_path")
+        config, fits = self.config[self.subcommand], self.subcommand == "fit"
+        path, init = config.get("ckpt_path"), config.model.get("init_args") or {}
         if path and path not in args_.KEYWORDS:
             check_checkpoint(self.model, path)
+            steps = checkpoint.read(path)["global_step"]
+            if fits and 0 < config.trainer.max_steps <= steps:
+                log.warning(
+                    f"nothing to do: {path} has made its {steps} steps; "
+                    "raise --trainer.max_steps to go on"
+                )
+        elif not (path or fits or init.get("pretrained")):
+            log.warning("these are fresh weights: --ckpt_path RUN scores a trained model")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the logger and callbacks that a run has by default."""
@@ -151,7 +177,15 @@ class StateZooCLI(LightningCLI):
             name = self.config[self.subcommand].name or (
                 f"{type(self.model).__name__}-{type(self.datamodule).__name__}".lower()
             )
-            kwargs["logger"] = CSVLogger(config.default_root_dir or "runs", name=name)
+            root = config.default_root_dir or "runs"
+            try:
+                Path(root, name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(
+                    f"cannot write into {str(root)!r} ({error.strerror}): choose another folder "
+                    "with --trainer.default_root_dir."
+                ) from error
+            kwargs["logger"] = CSVLogger(root, name=name)
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
@@ -197,6 +231,12 @@ def check_checkpoint(model: LightningModule, path: str) -> None:
             f"{path!r} holds the architecture {has.rpartition('.')[2]}, not "
             f"{type(model).__name__}: leave --model out, and it is taken from the checkpoint."
         )
+    symbols = content["hyper_parameters"].get("vocab_size")
+    if symbols != model.hparams.get("vocab_size", symbols):
+        raise checkpoint.CheckpointError(
+            f"{path!r} has {symbols} symbols, the data {model.hparams['vocab_size']}: "
+            f"--data.tokenizer {path} reads text as it was read then."
+        )
     for key, value in content["hyper_parameters"].items():
         if key not in ("optim", "pretrained", "backend") and model.hparams.get(key, value) != value:
             raise checkpoint.CheckpointError(
@@ -225,7 +265,8 @@ def run(arguments: Sequence[str]) -> None:
     """Run fit, validate, test or predict.
 
     Raises:
-        SystemExit: With code 2 after a mistake of the user, 1 where training broke down.
+        SystemExit: With code 2 after a mistake of the user, 1 where training broke down, 143 after
+            the signal TERM.
     """
     quiet()
     program = f"statezoo {arguments[0]}"
@@ -233,21 +274,29 @@ def run(arguments: Sequence[str]) -> None:
     debug = bool(os.environ.get("STATEZOO_DEBUG"))
     try:
         StateZooCLI(args_.prepare(arguments))
+    except SIGTERMException:
+        raise SystemExit(128 + signal.SIGTERM) from None
     except FloatingPointError as error:
         if debug:
             raise
         fail(program, str(error), code=1)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MisconfigurationException) as error:
         if debug:
             raise
         cause: BaseException = error
-        while cause.__cause__ is not None:
+        while cause.__cause__ is not None and _raised_in(cause) == "jsonargparse":
             cause = cause.__cause__
         fail(
             program,
             " ".join(str(cause).split()) or type(cause).__name__,
             hint="STATEZOO_DEBUG=1 shows where",
         )
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the package whose code raised an error."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
 
 
 __all__ = ["StateZooCLI", "check_checkpoint", "datamodules", "lightning_modules", "run"]

@@ -90,7 +90,7 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
     place, given = Path(path_or_id), str(path_or_id)
     if place.is_dir():
         _check_file(place, "config.json")
-    elif place.exists() or given.count("/") > 1 or place.is_absolute() or given[:1] in (".", "~"):
+    elif place.exists() or given.count("/") != 1 or place.is_absolute() or given[:1] in (".", "~"):
         raise FileNotFoundError(f"{given} is not a folder, and no Hub id is written like this.")
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("load executes no code from a checkpoint; leave trust_remote_code out.")

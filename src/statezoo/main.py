@@ -53,4 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from statezoo.cli import run
     else:
         from statezoo.commands import run
-    run(given)
+    try:
+        run(given)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

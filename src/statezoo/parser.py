@@ -15,7 +15,10 @@ from jsonargparse import ArgumentParser
 
 NOISE = re.compile(
     r"^(Subtypes|Given value|Value type|Expected a path but|Does not validate against any|Errors|"
-    r"Expected a <class 'NoneType'>|Not a subclass of|Type .* expects: a class path)"
+    r"Not a subclass of|Type .* expects: a class path)"
+)
+EXPECTED = re.compile(
+    r"Expected an? (?!path |dot )(?:<class '(\w+)'>|(?:typing\.)?(\S.*?))\.?(?: Got value: (.*))?"
 )
 NO_SUCH_KEY = (
     r"Option '([^']+)' is not accepted",
@@ -41,6 +44,8 @@ def shorten(message: str, known: Callable[[str], Iterable[str]]) -> str:
     """
     path: list[str] = []
     reasons: list[str] = []
+    types: list[str] = []
+    given = ""
     for raw in message.splitlines():
         line = raw.strip().lstrip("-").strip()
         for key in re.findall(r"Parser key \"([^\"]+)\":?", line):
@@ -50,8 +55,14 @@ def shorten(message: str, known: Callable[[str], Iterable[str]]) -> str:
         line = re.sub(
             r"^(Problem with given class_path [^:]*|Validation failed):", "", line
         ).strip()
-        if line and not NOISE.match(line):
+        given = line.removeprefix("Given value: ") if line.startswith("Given value: ") else given
+        if found := EXPECTED.fullmatch(line):
+            types += [found[1] or found[2]] if found[1] != "NoneType" else []
+            given = found[3] or given
+        elif line and not NOISE.match(line):
             reasons.append(line)
+    if types:
+        reasons.append(f"expected {' or '.join(types)}, got {given}")
     where = _join(path)
     reason = _reword(reasons, where, known)
     return f"{where}: {reason}" if where else reason
@@ -76,10 +87,14 @@ def _reword(reasons: list[str], where: str, known: Callable[[str], Iterable[str]
             word = found[1].split("=")[0]
             return f"no setting {word!r}{nearest(word, known(where))}"
     if found := re.search(r"arguments are required: (.*)", text):
-        missing = [f"--{name.rpartition('.')[2].strip()}" for name in found[1].split(",")]
-        return f"{' and '.join(sorted(missing))} must be given (statezoo list shows what there is)"
-    text = re.sub(r"Expected an? (?:<class '(\w+)'>|(?:typing\.)?(\S.*?))\.? Got value:",
-                  lambda m: f"expected {m[1] or m[2]}, got", text)  # fmt: skip
+        names = sorted(name.rpartition(".")[2].strip("- ") for name in found[1].split(","))
+        options = set(known(where))
+        dashed = options | {"model", "data"}  # a part without its class does not know its own name
+        missing = [f"--{name}" if name in dashed else name for name in names]
+        more = " (statezoo list shows what there is)" if {"model", "data"} & {*names} else ""
+        return f"{' and '.join(missing)} must be given{more}"
+    if found := re.search(r"Unable to load config '([^']*)'", text):
+        return f"expected settings, or a file of them, got {found[1]!r}"
     return f"{text[:397]}..." if len(text) > 400 else text or "wrong value"
 
 

@@ -38,6 +38,17 @@ def test_all_kinds_in_sub_folders(tmp_path):
     assert read(deep / "c.jsonl")[0] == [Document(b"three"), Document(b"four")]
 
 
+def test_links_are_followed_once(tmp_path):
+    (tmp_path / "texts/sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "texts/sub/a.txt").write_text("one")
+    (tmp_path / "elsewhere/b.txt").write_text("two")
+    (tmp_path / "texts/sub/up").symlink_to(tmp_path / "texts")
+    (tmp_path / "texts/zwei").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "texts/drei").symlink_to(tmp_path / "elsewhere")
+    assert [doc.text for doc in read(tmp_path / "texts")[0]] == [b"two", b"one"]
+
+
 def test_what_is_skipped_is_said_with_place_reason_and_remedy(tmp_path, caplog):
     (tmp_path / "bad.txt").write_bytes(b"caf\xe9 au lait")
     (tmp_path / "empty.txt").write_text(" \n")

@@ -31,6 +31,13 @@ class KillAt(Callback):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
+class AskAt(Callback):
+    def __init__(self, step: int, name: str):
+        self.step, self.name = step, name
+    def on_before_optimizer_step(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), getattr(signal, self.name))
+
 class KeepAll(Callback):
     step = 0
     def on_train_batch_end(self, trainer, *_):
@@ -89,3 +96,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(folder):
     whole, resumed = losses("whole"), losses("resumed")
     assert min(resumed) == 6  # the last multiple of checkpoints.every_n_steps before step 8
     assert resumed == {n: whole[n] for n in resumed}
+
+
+@pytest.mark.parametrize(("name", "code", "saved"), [("SIGTERM", 143, 5), ("SIGINT", 1, 3)])
+def test_a_run_that_is_asked_to_stop_says_how_to_go_on(name, code, saved, folder):
+    callback = ["--trainer.callbacks+=interrupting.AskAt", "--trainer.callbacks.step", "4",
+                "--trainer.callbacks.name", name]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "statezoo", "fit", *MODEL, "--data.path", "text.txt", *COMMON,
+         *callback], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert f"saved at {saved}: go on with  statezoo fit --config runs" in done.stderr
+    assert "Traceback" not in done.stderr

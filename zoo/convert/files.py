@@ -34,7 +34,7 @@ def fetch(name: str, **kwargs: Any) -> Path:
     Raises:
         FileNotFoundError: If no Hub id is written like this.
     """
-    if name.count("/") > 1 or name[:1] in ("", ".", "~", "/", "\\"):
+    if name.count("/") != 1 or name[:1] in ("", ".", "~", "/", "\\"):
         raise FileNotFoundError(f"{name} is not a folder, and no Hub id is written like this.")
     patterns = ["config.json", *TOKENIZER, "model*.safetensors", "model.safetensors.index.json"]
     folder = Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
