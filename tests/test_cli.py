@@ -161,6 +161,7 @@ def test_a_checkpoint_brings_its_model(run, folder, capsys):
     assert "test/bits_per_byte" in capsys.readouterr().out
     main(["predict", "--ckpt_path", str(run), "--data", "Text", *SMALL])
     (found,) = Path("runs").rglob("predictions.csv")
+    assert f"wrote {found}" in capsys.readouterr().out
     with found.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert rows
@@ -275,6 +276,7 @@ MISTAKES = [
     (["fitt"], "no command 'fitt' (did you mean fit?)"),
     (["fit", "--model", "GLAA", "--data", "Text"], "no class named 'GLAA' (did you mean GLA?)"),
     (["fit", "--model", "GLA", "--data", "Txt"], "no class named 'Txt' (did you mean Text?)"),
+    (["fit", "--model.help", "gla"], "no class named 'gla' (did you mean GLA?)"),
     (["fit", "--model", "GLA"], "--data must be given"),
     (["fit"], "--data and --model must be given"),
     ([*FIT, "--model.d_modle", "64"], "no setting 'd_modle' (did you mean d_model?)"),
@@ -295,6 +297,8 @@ MISTAKES = [
     ([*FIT, "--model.d_model", "${vars.x}"], "Interpolation key"),
     (["fit", "--model", "Hybrid", "--data", "Text", "--model.mixers", "[gla, atention]"],
      "did you mean 'attention'?"),
+    (["fit", "--model", "Hybrid", "--data", "Text", "--model.mixers", "[GLA, gla]"],
+     "did you mean 'gla'?"),
     (["fit", "--model", "Hybrid", "--data", "Text", "--model.mixers", "[{name: gla, n_head: 1}]"],
      "did you mean 'n_heads'?"),
     (["fit", "--config", "bad.yaml", "--data", "Text"], "no setting 'd_modle' (did you mean"),

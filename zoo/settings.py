@@ -16,7 +16,7 @@ def settings_of(part: type) -> dict[str, inspect.Parameter]:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` where a known name is near, else nothing."""
-    near = get_close_matches(word, list(known), 1)
+    near = get_close_matches(word.lower(), list(known), 1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

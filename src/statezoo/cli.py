@@ -216,6 +216,12 @@ class StateZooCLI(LightningCLI):
                 f'try  statezoo generate --ckpt {folder} --prompt "..."\n'
             )
 
+    def after_predict(self) -> None:
+        """Say where the numbers are."""
+        for file in sorted(callbacks.run_folder(self.trainer).glob("predictions*.csv")):
+            if self.trainer.is_global_zero:
+                sys.stdout.write(f"wrote {file}\n")
+
 
 def check_checkpoint(model: LightningModule, path: str) -> None:
     """Raise where a checkpoint does not fit a model.

@@ -136,5 +136,5 @@ def _mixer_names() -> set[str]:
 
 
 def _near(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, 1)
+    near = get_close_matches(word.lower(), known, 1)
     return f" (did you mean {near[0]!r}?)" if near else ""

@@ -51,6 +51,9 @@ def shorten(message: str, known: Callable[[str], Iterable[str]]) -> str:
         for key in re.findall(r"Parser key \"([^\"]+)\":?", line):
             if key not in path and not (path and path[-1].endswith(f".{key}")):
                 path.append(key)
+        if found := re.match(r"(\w+)\.help: ", line):
+            path.append(found[1])
+            line = line[found.end() :]
         line = re.sub(r"^.*Parser key \"[^\"]+\":?", "", line).strip()
         line = re.sub(
             r"^(Problem with given class_path [^:]*|Validation failed):", "", line

@@ -94,7 +94,8 @@ def convert(
     if model_type(read_config(source)) == "statezoo":
         if to == "statezoo":
             raise ValueError(f"{source} holds a statezoo model already.")
-        net, report = StateZooForCausalLM.from_pretrained(source, **kwargs), Report("statezoo")
+        net = StateZooForCausalLM.from_pretrained(source, **kwargs)
+        report = Report("statezoo", {name: name for name, _ in net.named_parameters()})
     else:
         net, report = load(source, **kwargs)
     folder.mkdir(parents=True, exist_ok=True)
