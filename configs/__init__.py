@@ -1,1 +1,1 @@
-"""."""
+"""Shipped settings: architectures in several sizes, data, the demo."""
