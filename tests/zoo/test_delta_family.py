@@ -167,25 +167,6 @@ def test_gated_deltanet_is_that_of_transformers(monkeypatch):
         assert error < 1e-5, f"{name}: relative error {error:.1e}"
 
 
-def test_fla_computes_the_same_product():
-    naive = pytest.importorskip("fla.ops.gated_delta_product.naive")
-    from statezoo.kernels.gated_delta_rule import gated_delta_rule, l2_norm
-
-    q, k, v = (
-        torch.randn(1, T, 2, 4),
-        l2_norm(torch.randn(1, T, 3, 2, 4)),
-        torch.randn(1, T, 3, 2, 6),
-    )
-    beta, g = 2 * torch.rand(1, T, 3, 2), -torch.rand(1, T, 2)
-    o, S = gated_delta_rule(q, k, v, beta, g)
-    want, state = naive.naive_recurrent_gated_delta_product(
-        q, k.flatten(1, 2), v.flatten(1, 2), g, beta.flatten(1, 2), scale=0.5,
-        cu_seqlens=None, output_final_state=True, num_householder=3,
-    )  # fmt: skip
-    torch.testing.assert_close(o, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(S, state, rtol=1e-5, atol=1e-5)
-
-
 def test_parameters_bear_their_published_names():
     def shapes(mixer):
         return {name: tuple(p.shape) for name, p in mixer.named_parameters()}
