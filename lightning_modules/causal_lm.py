@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Mapping
@@ -27,6 +28,9 @@ MIXERS: list[str | dict[str, Any]] = ["gla", "gla", "gla", "attention"]
 OPTIM = Optim()
 
 Reduction = Literal["mean", "sum", "none"]
+
+SHAPE = ("mixers", "d_model", "n_layers", "tie_embeddings")
+"""Arguments that, left at their defaults, give way to those of ``pretrained``."""
 
 GRADIENT_UNIT = 1024.0
 """Tokens by which the summed loss is divided in the backward pass: gradients stay in the range of
@@ -78,7 +82,7 @@ class CausalLM(LightningModule):
                 "tie_embeddings": tie_embeddings,
             },
             pretrained,
-            {"d_model": 128, "n_layers": 4, "mixers": MIXERS, "tie_embeddings": True},
+            {key: p.default for key, p in _arguments().items() if key in SHAPE},
         )
         self.unit, self.tokenizer_files = "byte", dict[str, bytes]()
         self.nll = nn.ModuleDict({stage: PerCount() for stage in ("val", "test")})
@@ -306,3 +310,8 @@ class CausalLM(LightningModule):
         ours = checkpoint.get(ckpt.KEY, {})
         self.tokenizer_files = ours.get("tokenizer", self.tokenizer_files)
         self._rng = ours.get("rng")
+
+
+def _arguments() -> Mapping[str, inspect.Parameter]:
+    """List the arguments that all modules have."""
+    return inspect.signature(CausalLM.__init__).parameters

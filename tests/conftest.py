@@ -1,4 +1,4 @@
-"""What holds for every test: no network, no stale files, kernels in Triton's interpreter on CPU."""
+"""What holds for every test: no network, and kernels in Triton's interpreter on CPU."""
 
 import os
 

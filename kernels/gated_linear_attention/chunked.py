@@ -29,26 +29,25 @@ class _Call(NamedTuple):
     groups: int  # value heads per key head
 
 
+def _sizes(v: Tensor, cu: Tensor | None) -> tuple[int, int]:
+    """Choose the tokens a chunk and the chunks a span, from shapes alone."""
+    B, T, Hv = v.shape[:3]
+    C = chunk_size(T, 1 if cu is None else n_sequences(v, cu))
+    return C, max(1, SPAN // (C * B * Hv))
+
+
 def _call(q: Tensor, v: Tensor, cu: Tensor | None) -> _Call:
     B, T, H = q.shape[:3]
-    C = chunk_size(T, n_sequences(q, cu) if cu is not None else 1)
-    return _Call(Chunks(B, T, C, cu), max(1, SPAN // (C * B * v.shape[2])), v.shape[2] // H)
-
-
-def n_spans(q: Tensor, v: Tensor, cu: Tensor | None) -> int:
-    """Count the saved states, from shapes alone."""
-    B, T = q.shape[:2]
-    N = n_sequences(q, cu) if cu is not None else 1
-    C = chunk_size(T, N)
-    n = -(-T // C) if cu is None else T // C + N
-    span = max(1, SPAN // (C * B * v.shape[2]))
-    return -(-n // span)
+    C, span = _sizes(v, cu)
+    return _Call(Chunks(B, T, C, cu), span, v.shape[2] // H)
 
 
 def saved_like(q: Tensor, k: Tensor, v: Tensor, S0: Tensor, cu: Tensor | None) -> Tensor:
     """Allocate the saved states, ``[spans lanes K V]`` (``[spans Hv K V]`` if packed)."""
+    (C, span), T = _sizes(v, cu), v.shape[1]
+    n = -(-T // C) if cu is None else T // C + n_sequences(v, cu)
     lanes = S0.shape[1] if cu is not None else S0.shape[0] * S0.shape[1]
-    return S0.new_zeros(n_spans(q, v, cu), lanes, *S0.shape[2:])
+    return S0.new_zeros(-(-n // span), lanes, *S0.shape[2:])
 
 
 class _Span:
@@ -111,8 +110,8 @@ def forward(
         return *reference.run(q, k, v, g, scale, S0, cu), S0.unsqueeze(0).clone()
     call = _call(q, v, cu)
     o, final = call.chunks.empty_like(v), S0.clone()
+    saved = saved_like(q, k, v, S0, cu)
     S0, lanes = _lanes(S0, cu), _lanes(final, cu)
-    saved = S0.new_zeros(n_spans(q, v, cu), *S0.shape[-3:])
     S = S0.new_zeros(S0.shape[-3:])
     for j, (a, b) in enumerate(call.chunks.spans(call.span)):
         saved[j] = S
