@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, Literal
 
 from statezoo.listing import listing
@@ -121,6 +122,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "tokenizer train": train_tokenizer,
 }
 
+GROUPS = ("dna", "music", "tokenizer")
+"""First words of commands that have two; a domain's commands are in a package of its name."""
+
+
+def _commands(group: str) -> dict[str, Callable[..., None]]:
+    """Return the commands that may be meant; those of a domain are imported only for it."""
+    if group not in ("dna", "music"):
+        return COMMANDS
+    own: dict[str, Callable[..., None]] = import_module(f"statezoo.{group}.commands").COMMANDS
+    return own
+
 
 def run(arguments: Sequence[str]) -> None:
     """Run one of our commands.
@@ -128,13 +140,14 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: With code 2 after a mistake of the user.
     """
-    words = 2 if arguments[0] == "tokenizer" else 1
+    words = 2 if arguments[0] in GROUPS else 1
     name = " ".join(arguments[:words])
-    if name not in COMMANDS:
-        known = [*RUN, *COMMANDS]
+    commands = _commands(arguments[0])
+    if name not in commands:
+        known = [*RUN, *GROUPS, *commands]
         fail("statezoo", f"no command {name!r}{nearest(name, known)}", "statezoo --help lists them")
     program = f"statezoo {name}"
-    command = COMMANDS[name]
+    command = commands[name]
     given: dict[str, Any] = (
         command_parser(command, program).parse_args(underscored(arguments[words:])).as_dict()
     )

@@ -1,0 +1,1 @@
+"""Genomes as batches of bases, and labelled sequences."""

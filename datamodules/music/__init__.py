@@ -1,0 +1,1 @@
+"""Scores and MIDI as batches of tokens."""

@@ -1,0 +1,1 @@
+"""Commands on genomes: what a trained model says of variants, sequences and tracks."""

@@ -1,0 +1,1 @@
+"""Commands on music: continue, infill, harmonise, evaluate, draw and render."""
