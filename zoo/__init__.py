@@ -6,18 +6,27 @@ Importing this registers the models with transformers' ``AutoConfig`` and ``Auto
 import importlib
 import pkgutil
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from statezoo.zoo.cache import cache_from_tensors, cache_to_tensors, detach, fork
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.mixer import MIXERS, Mixer, build_mixer, mixer_settings
 from statezoo.zoo.model import StateZooForCausalLM, StateZooModel
+from statezoo.zoo.tasks import StateZooForMaskedLM, StateZooForSequenceClassification
 
 __all__ = [
     "MIXERS",
     "Mixer",
     "StateZooConfig",
     "StateZooForCausalLM",
+    "StateZooForMaskedLM",
+    "StateZooForSequenceClassification",
     "StateZooModel",
     "build_mixer",
     "cache_from_tensors",
@@ -34,3 +43,7 @@ for _module in pkgutil.iter_modules(__path__):
 AutoConfig.register("statezoo", StateZooConfig, exist_ok=True)
 AutoModel.register(StateZooConfig, StateZooModel, exist_ok=True)
 AutoModelForCausalLM.register(StateZooConfig, StateZooForCausalLM, exist_ok=True)
+AutoModelForMaskedLM.register(StateZooConfig, StateZooForMaskedLM, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    StateZooConfig, StateZooForSequenceClassification, exist_ok=True
+)

@@ -39,6 +39,23 @@ def auxiliary_loss(auxiliary: Auxiliary) -> Tensor | None:
     return torch.stack(losses).mean() if losses else None
 
 
+def add_auxiliary(
+    loss: Tensor, auxiliary: Auxiliary | None, scored: Tensor | int, n: Tensor | int | None
+) -> Tensor:
+    """Add the auxiliary losses to a mean loss.
+
+    Args:
+        loss: Mean over ``scored`` items, or their sum over ``n`` where it is given.
+        auxiliary: What mixers said.
+        scored: Number of scored items.
+        n: What the sum was divided by.
+    """
+    more = auxiliary_loss(auxiliary or {})
+    if more is None:
+        return loss
+    return loss + (more if n is None else more * scored / n)
+
+
 def to_vector(auxiliary: Auxiliary) -> Tensor:
     """Lay all values but losses end to end, so that they add up over batches in one operation."""
     values = [v.flatten() for f in auxiliary.values() for k, v in f.items() if k != "loss"]

@@ -1,7 +1,7 @@
 """The configuration of a model: plain data, strict about names and types."""
 
 from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
@@ -35,6 +35,12 @@ class StateZooConfig(PreTrainedConfig):
         norm_eps: Added under the root of the norms between the parts.
         tie_embeddings: Whether the head shares the embedding's weight.
         initializer_range: Standard deviation of initial weights.
+        bidirectional: Whether every mixer also runs backward in time; such a net can be a masked
+            language model or a classifier, not a causal language model.
+        tie_directions: Whether both directions share their weights.
+        complement: The complement of every token, for a net that reads both strands and is
+            equivariant under reverse complement, see :mod:`statezoo.zoo.strands`.
+        pooling: How a classifier sums up a sequence: by the mean over its tokens, or by the last.
         bos_token_id: First token of a text, if there is one.
         eos_token_id: Token (or tokens) that ends a text, if there is one.
         pad_token_id: Padding, if there is one.
@@ -59,6 +65,10 @@ class StateZooConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     initializer_range: float = 0.02
+    bidirectional: bool = False
+    tie_directions: bool = True
+    complement: list[int] | None = None
+    pooling: Literal["mean", "last"] = "mean"
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -98,11 +108,18 @@ class StateZooConfig(PreTrainedConfig):
         self.mixers = [resolve_mixer(entry) for entry in self.mixers]
         if self.channel is not None:
             self.channel = resolve(CHANNELS, self.channel, "channel mixer")
+        if self.complement is not None:
+            _check_complement(self.complement, self.vocab_size)
 
     @property
     def layer_mixers(self) -> list[dict[str, Any]]:
         """The mixer of every layer, with all its settings."""
         return [self.mixers[i % len(self.mixers)] for i in range(self.n_layers)]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token sees a later one, so that there can be a state to hand on."""
+        return not self.bidirectional and self.complement is None
 
     @property
     def layer_types(self) -> list[str]:
@@ -112,3 +129,22 @@ class StateZooConfig(PreTrainedConfig):
     def validate(self) -> None:
         """Check all values; transformers asks before it saves, and lacks our layer type."""
         self.resolve()
+
+
+def _check_complement(complement: list[int], vocab_size: int) -> None:
+    if len(complement) != vocab_size:
+        raise ValueError(
+            f"complement must say the complement of each of vocab_size={vocab_size} tokens, got "
+            f"{len(complement)}."
+        )
+    for token, other in enumerate(complement):
+        if not 0 <= other < vocab_size or complement[other] != token:
+            raise ValueError(
+                f"complement must be its own inverse: it sends token {token} to {other}, and "
+                f"{other} {_sent(complement, other)}. Special tokens are their own complement."
+            )
+
+
+def _sent(complement: list[int], token: int) -> str:
+    known = 0 <= token < len(complement)
+    return f"to {complement[token]}" if known else f"is not one of {len(complement)} tokens"

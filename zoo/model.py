@@ -10,7 +10,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from statezoo.zoo.auxiliary import Auxiliary, auxiliary_loss, take_auxiliary
+from statezoo.zoo.auxiliary import Auxiliary, add_auxiliary, take_auxiliary
+from statezoo.zoo.bidirectional import Reversal, both_ways
 from statezoo.zoo.cache import states_of
 from statezoo.zoo.channel import CHANNELS
 from statezoo.zoo.config import StateZooConfig
@@ -19,14 +20,19 @@ from statezoo.zoo.mixer import Mixer, State, build_mixer
 from statezoo.zoo.norm import RMSNorm
 from statezoo.zoo.padding import find_padding
 from statezoo.zoo.settings import build
+from statezoo.zoo.strands import Strands, merge
 
 IGNORED = {"cache_position", "output_attentions", "position_ids", "token_type_ids"}
 
 
 @dataclass
 class StreamOutput(BaseModelOutputWithPast):
-    """The stream and the states; in training mode also what mixers say beside, by layer."""
+    """The stream and the states; in training mode also what mixers say beside, by layer.
 
+    The stream of a net that reads both strands is their mean; ``strands [B T 2D]`` has both.
+    """
+
+    strands: Tensor | None = None
     auxiliary: Auxiliary | None = None
 
 
@@ -42,16 +48,27 @@ class Block(GradientCheckpointingLayer):
         super().__init__()
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer: Mixer = build_mixer(mixer, config.d_model)
+        self.mixer_back: Mixer | None = None
+        if config.bidirectional and not config.tie_directions:
+            self.mixer_back = build_mixer(mixer, config.d_model)
         self.channel: nn.Module | None = None
         if config.channel is not None:
             self.channel_norm = RMSNorm(config.d_model, config.norm_eps)
             self.channel = build(CHANNELS, config.channel, config.d_model, "channel mixer")
 
     def forward(
-        self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State = None,
+        cu_seqlens: Tensor | None = None,
+        reversal: Reversal | None = None,
     ) -> tuple[Tensor, State]:
         """Transform the stream ``x [B T D]``; under autocast it stays in the weights' dtype."""
-        y, state = self.mixer(self.mixer_norm(x), state, cu_seqlens)
+        y = self.mixer_norm(x)
+        if reversal is None:
+            y, state = self.mixer(y, state, cu_seqlens)
+        else:
+            y = both_ways(self.mixer, self.mixer_back, y, cu_seqlens, reversal)
         x = x + y
         if self.channel is not None:
             x = x + self.channel(self.channel_norm(x))
@@ -124,7 +141,7 @@ class StateZooModel(StateZooPreTrainedModel):
         config: Sizes and parts.
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"^score\."]  # noqa: RUF012
 
     def __init__(self, config: StateZooConfig) -> None:
         config.resolve()
@@ -175,34 +192,65 @@ class StateZooModel(StateZooPreTrainedModel):
             mixers say beside.
 
         Raises:
-            ValueError: If arguments exclude each other or shapes disagree.
+            ValueError: If arguments exclude each other or the configuration, or shapes disagree.
             TypeError: If an argument is unknown.
         """
         check_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
+        if past_key_values is not None or use_cache:
+            self._check_causal()
         B, T = x.shape[:2]
         padding = find_padding(attention_mask, B, T)
         if padding is not None:
             if cu_seqlens is not None:
                 raise ValueError("give either cu_seqlens or an attention_mask with padding.")
             x, cu_seqlens = padding.pack(x), padding.cu_seqlens
+        strands = None
+        if self.config.complement is not None:
+            if inputs_embeds is not None:
+                raise ValueError(
+                    "a net that reads both strands needs input_ids: of these it makes "
+                    "the other strand."
+                )
+            strands = Strands(x, cu_seqlens, self.config.complement)
+            x, cu_seqlens = strands.ids, strands.cu_seqlens
+        if inputs_embeds is None:
+            x = self.embeddings(x)
         cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         streams = self._run(x, cu_seqlens, cache, T)
         if not output_hidden_states:
             streams = streams[-1:]
+        if strands is not None:
+            streams = [strands.align(x) for x in streams]
         if padding is not None:
             streams = [padding.unpack(x) for x in streams]
-        mixers = [cast(Block, block).mixer for block in self.layers] if self.training else []
+        last = streams[-1]
+        if strands is not None:
+            streams = [merge(x) for x in streams]
         return StreamOutput(
             last_hidden_state=streams[-1],
             past_key_values=cache,
             hidden_states=tuple(streams) if output_hidden_states else None,
-            auxiliary=take_auxiliary(mixers) or None,
+            strands=None if strands is None else last,
+            auxiliary=take_auxiliary(self.mixers() if self.training else []) or None,
         )
+
+    def mixers(self) -> list[Mixer]:
+        """List the mixers of all layers, then those that run backward, if they are others."""
+        blocks = [cast(Block, block) for block in self.layers]
+        back = [block.mixer_back for block in blocks if block.mixer_back is not None]
+        return [*(block.mixer for block in blocks), *back]
+
+    def _check_causal(self) -> None:
+        if not self.config.is_causal:
+            raise ValueError(
+                "a net that is bidirectional or reads both strands has no state to hand on: call "
+                "it on whole sequences, without use_cache and past_key_values."
+            )
 
     def _run(
         self, x: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, T: int
@@ -216,10 +264,11 @@ class StateZooModel(StateZooPreTrainedModel):
                 "another model?"
             )
         streams = []
+        reversal = Reversal(x, cu_seqlens) if self.config.bidirectional else None
         for block, layer in zip(self.layers, memory, strict=True):
             streams.append(x)
             if layer is None:
-                x, _ = block(x, None, cu_seqlens)
+                x, _ = block(x, None, cu_seqlens, reversal)
                 continue
             mixer = cast(Mixer, block.mixer)
             state = mixer.initial_state(n, x) if layer.state is None else layer.state
@@ -234,6 +283,9 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
     Args:
         config: Sizes and parts.
 
+    Raises:
+        ValueError: If the net would see the tokens that it is to predict.
+
     Example:
         >>> net = StateZooForCausalLM(StateZooConfig(vocab_size=256, mixers=["gla"]))
         >>> net.generate(torch.tensor([[72, 101]]), max_new_tokens=8).shape
@@ -243,6 +295,13 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: StateZooConfig) -> None:
+        if not config.is_causal:
+            key = "bidirectional: true" if config.bidirectional else "complement"
+            raise ValueError(
+                f"a causal language model cannot have {key}: the other direction, or strand, shows "
+                "the tokens that are to be predicted, and nothing can be generated. Use "
+                "StateZooForMaskedLM; a causal model takes reverse complements by augmentation."
+            )
         super().__init__(config)
         self.model = StateZooModel(config)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
@@ -302,11 +361,9 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
         x, loss, logits = out.last_hidden_state, None, None
         if labels is not None:
             targets = next_tokens(labels, attention_mask, cu_seqlens)
-            loss = mean_loss(x, self.lm_head.weight, targets, num_items_in_batch)
-            more = auxiliary_loss(out.auxiliary or {})
-            if more is not None:
-                n = num_items_in_batch
-                loss = loss + (more if n is None else more * (targets != IGNORE).sum() / n)
+            n, scored = num_items_in_batch, (targets != IGNORE).sum()
+            loss = mean_loss(x, self.lm_head.weight, targets, n)
+            loss = add_auxiliary(loss, out.auxiliary, scored, n)
         if labels is None or not self.training:
             keep = logits_to_keep
             logits = self.lm_head(x[:, slice(-keep, None) if isinstance(keep, int) else keep])

@@ -1,0 +1,250 @@
+"""Heads beside the causal one: masked tokens, and one answer per sequence."""
+
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from statezoo.kernels._varlen import segment_ids
+from statezoo.zoo.auxiliary import add_auxiliary
+from statezoo.zoo.config import StateZooConfig
+from statezoo.zoo.loss import IGNORE, mean_loss
+from statezoo.zoo.model import StateZooModel, StateZooPreTrainedModel, StreamOutput
+from statezoo.zoo.padding import find_padding
+from statezoo.zoo.strands import head_of_both
+
+Pooling = Literal["mean", "last", "first"]
+
+
+class StateZooForMaskedLM(StateZooPreTrainedModel):
+    """A model that says which tokens were hidden; best with ``bidirectional=True``.
+
+    Args:
+        config: Sizes and parts.
+
+    Example:
+        >>> config = StateZooConfig(vocab_size=8, mixers=["gla"], bidirectional=True)
+        >>> StateZooForMaskedLM(config)(torch.tensor([[3, 2, 5]])).logits.shape
+        torch.Size([1, 3, 8])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
+
+    def __init__(self, config: StateZooConfig) -> None:
+        super().__init__(config)
+        self.model = StateZooModel(config)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MaskedLMOutput:
+        """Predict tokens in their own places; arguments as in :class:`StateZooModel`, and these.
+
+        Args:
+            input_ids: Tokens ``[B T]``, some of them hidden.
+            attention_mask: 1 for tokens, 0 for padding, anywhere.
+            inputs_embeds: The stream ``[B T D]`` instead of tokens.
+            labels: What stands in each place ``[B T]``, not shifted; -100 is not scored, nor is
+                padding.
+            cu_seqlens: Bounds of packed sequences.
+            output_hidden_states: Whether to return the stream before every block, and the last.
+            num_items_in_batch: Divides the summed loss, instead of the scored tokens here.
+            **kwargs: What transformers passes to every model and this one has no use for.
+
+        Returns:
+            Loss in nats per token if there are labels, and logits ``[B T W]``; in training mode
+            with labels no logits, and mixers' auxiliary losses are added.
+
+        Raises:
+            ValueError: If arguments exclude each other or shapes disagree.
+            TypeError: If an argument is unknown.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        (x, weight), loss, logits = self.head(out), None, None
+        if labels is not None:
+            targets = labels
+            if attention_mask is not None:
+                targets = labels.masked_fill(attention_mask == 0, IGNORE)
+            n, scored = num_items_in_batch, (targets != IGNORE).sum()
+            loss = add_auxiliary(mean_loss(x, weight, targets, n), out.auxiliary, scored, n)
+        if labels is None or not self.training:
+            logits = F.linear(x, weight)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def head(self, out: StreamOutput) -> tuple[Tensor, Tensor]:
+        """Return the two factors of the logits.
+
+        Args:
+            out: What ``.model`` returned.
+
+        Returns:
+            ``x [B T D]`` and ``weight [W D]`` such that the logits are ``x @ weight.T``, as
+            ``linear_cross_entropy`` takes them; ``2D`` wide where both strands are read.
+        """
+        if out.strands is None:
+            return cast(Tensor, out.last_hidden_state), self.lm_head.weight
+        return out.strands, head_of_both(self.lm_head.weight, self.config.complement or [])
+
+
+class StateZooForSequenceClassification(StateZooPreTrainedModel):
+    """A model that says one thing about each sequence: a class, several, or numbers.
+
+    Args:
+        config: Sizes and parts, among them ``num_labels`` (or ``id2label``), ``problem_type`` and
+            ``pooling``.
+
+    Example:
+        >>> config = StateZooConfig(vocab_size=8, mixers=["gla"], num_labels=3)
+        >>> StateZooForSequenceClassification(config)(torch.tensor([[3, 4, 5]])).logits.shape
+        torch.Size([1, 3])
+    """
+
+    def __init__(self, config: StateZooConfig) -> None:
+        super().__init__(config)
+        self.num_labels = int(config.num_labels or 0)
+        self.model = StateZooModel(config)
+        self.score = nn.Linear(config.d_model, self.num_labels)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutput:
+        """Classify sequences; arguments as in :class:`StateZooModel`, and these.
+
+        Args:
+            input_ids: Tokens ``[B T]``.
+            attention_mask: 1 for tokens, 0 for padding, anywhere.
+            inputs_embeds: The stream ``[B T D]`` instead of tokens.
+            labels: Classes ``[B]``, -100 where not scored; or numbers ``[B]`` or ``[B C]`` for a
+                regression; or ``[B C]`` of 0 and 1 for several classes. ``problem_type`` says
+                which; without, one label means regression, and whole numbers mean classes.
+            cu_seqlens: Bounds of packed sequences.
+            output_hidden_states: Whether to return the stream before every block, and the last.
+            num_items_in_batch: Divides the summed loss, instead of the numbers scored here.
+            **kwargs: What transformers passes to every model and this one has no use for.
+
+        Returns:
+            Logits ``[B C]``, a row per sequence, packed or not, and the loss if there are labels:
+            nats per class, or squared error; in training mode with mixers' auxiliary losses.
+
+        Raises:
+            ValueError: If arguments exclude each other or shapes disagree.
+            TypeError: If an argument is unknown.
+        """
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        logits, loss = self.score(self.pool(out, attention_mask, cu_seqlens)), None
+        if labels is not None:
+            total, scored = self.loss_sum(logits, labels)
+            n = num_items_in_batch
+            loss = add_auxiliary(total / (scored if n is None else n), out.auxiliary, scored, n)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def pool(
+        self, out: StreamOutput, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        """Sum up each sequence as ``[B D]``, the same for both of its strands if both are read."""
+        how = self.config.pooling
+        if how == "mean" or out.strands is None:
+            return pool(cast(Tensor, out.last_hidden_state), attention_mask, cu_seqlens, how)
+        ahead, behind = out.strands.chunk(2, -1)  # the last token of the other strand comes first
+        ends = (
+            pool(ahead, attention_mask, cu_seqlens, "last"),
+            pool(behind, attention_mask, cu_seqlens, "first"),
+        )
+        return (ends[0] + ends[1]) / 2
+
+    def loss_sum(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Add up the losses of ``logits [B C]``; return the sum and how many there are.
+
+        Raises:
+            ValueError: If the labels do not fit the problem.
+        """
+        kind = self.config.problem_type
+        if kind is None:
+            whole = not labels.is_floating_point()
+            several = "single_label" if whole else "multi_label"
+            kind = "regression" if self.num_labels == 1 else f"{several}_classification"
+        shape = logits.shape[:1] if kind == "single_label_classification" else logits.shape
+        if labels.numel() != shape.numel():
+            raise ValueError(
+                f"{kind} with {self.num_labels} labels of {len(logits)} sequences needs labels "
+                f"{[*shape]}, got {[*labels.shape]}."
+            )
+        labels = labels.view(shape)
+        if kind == "single_label_classification":
+            total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
+            return total, (labels != IGNORE).sum()
+        losses = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+        total = losses(logits, labels.to(logits.dtype), reduction="sum")
+        return total, torch.tensor(labels.numel(), device=logits.device)
+
+
+def pool(
+    x: Tensor,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    how: Pooling = "mean",
+) -> Tensor:
+    """Sum up the real tokens of each sequence.
+
+    Args:
+        x: Stream ``[B T D]``.
+        attention_mask: 1 for tokens, 0 for padding, anywhere.
+        cu_seqlens: Bounds ``[N+1]`` of packed sequences.
+        how: The mean over the tokens, or the last or first of them.
+
+    Returns:
+        ``[B D]``, or ``[N D]`` if packed; zero for a sequence without tokens.
+    """
+    B, T = x.shape[:2]
+    padding = find_padding(attention_mask, B, T)
+    if padding is not None:
+        flat, cu = padding.pack(x)[0], padding.cu_seqlens.long()
+    elif cu_seqlens is not None:
+        flat, cu = x[0], cu_seqlens.long()
+    else:
+        flat, cu = x.flatten(0, 1), torch.arange(0, (B + 1) * T, T, device=x.device)
+    if how == "mean":
+        acc = flat.to(torch.promote_types(x.dtype, torch.float32))
+        total = acc.new_zeros(len(cu) - 1, x.shape[-1])
+        total = total.index_add(0, segment_ids(cu, len(flat)), acc)
+        return (total / cu.diff().clamp(min=1)[:, None]).to(x.dtype)
+    at = cu[1:] - 1 if how == "last" else cu[:-1]
+    found = F.pad(flat, (0, 0, 0, 1))  # a row of zeros at the end
+    return found[at.where(cu.diff() > 0, len(flat))]
