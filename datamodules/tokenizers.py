@@ -286,6 +286,11 @@ def _token_text(entry: Any) -> str | None:
 
 def tokenizer_from_state(state: dict[str, str]) -> Tokenizer:
     """Rebuild a tokenizer from ``Tokenizer.state_dict()``."""
+    from statezoo.datamodules.dna.tokenizers import dna_tokenizer_from_state
+
+    found = dna_tokenizer_from_state(state)
+    if found is not None:
+        return found
     kind = json.loads(state.get(CONFIG_FILE, "{}")).get("statezoo_kind")
     if kind == Bytes.kind:
         return Bytes()
@@ -296,18 +301,22 @@ def tokenizer_from_state(state: dict[str, str]) -> Tokenizer:
 
 
 def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
-    """The tokenizer that ``Text`` left in a Lightning checkpoint.
+    """The tokenizer that a data module left in a Lightning checkpoint.
 
     Raises:
-        ValueError: If the checkpoint was not made with ``Text``.
+        ValueError: If none did.
     """
     import torch
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    saved = checkpoint.get("Text", {})
-    if "tokenizer" not in saved:
-        raise ValueError(f"{path} holds no tokenizer: it was not made with the data module Text.")
-    return tokenizer_from_state(saved["tokenizer"])
+    saved = (checkpoint.get(name, {}) for name in ("Text", "DNA", "LabelledDNA"))
+    state = next((entry["tokenizer"] for entry in saved if "tokenizer" in entry), None)
+    if state is None:
+        raise ValueError(
+            f"{path} holds no tokenizer: it was not made with the data modules Text, DNA or "
+            "LabelledDNA."
+        )
+    return tokenizer_from_state(state)
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
