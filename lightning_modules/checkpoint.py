@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import random
 import tempfile
 import zipfile
@@ -14,8 +15,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 
+TOKENS_FILE = "tokenizer.json"
 KEY = "statezoo"
-"""Where in the file: ``class_path``, ``config`` of the network, ``tokenizer`` files, ``rng``."""
+"""Where in the file: ``class_path``, ``network`` (its class) and its ``config``, ``tokenizer`` files,
+``rng``."""
 
 
 class CheckpointError(ValueError):
@@ -96,6 +99,36 @@ def tokenizer_files(data: object) -> dict[str, bytes]:
             for file in sorted(Path(folder).rglob("*"))
             if file.is_file()
         }
+
+
+def pretrained_tokenizer(source: str | Path) -> dict[str, bytes]:
+    """Return the tokenizer's files of a checkpoint or a model folder; none where they are not here.
+
+    Raises:
+        CheckpointError: If a checkpoint cannot be read.
+    """
+    path = Path(source)
+    if path.suffix == ".ckpt":
+        files: dict[str, bytes] = read(path).get(KEY, {}).get("tokenizer", {})
+        return files
+    found = path / TOKENS_FILE
+    return {TOKENS_FILE: found.read_bytes()} if found.is_file() else {}
+
+
+def check_same_tokenizer(of_weights: Mapping[str, bytes], of_data: Mapping[str, bytes]) -> None:
+    """Compare the tokenizers that weights were trained with and that data has, where both are known.
+
+    Raises:
+        ValueError: If their symbols differ.
+    """
+    if TOKENS_FILE in of_weights and TOKENS_FILE in of_data:
+        one, other = (json.loads(files[TOKENS_FILE])["model"] for files in (of_weights, of_data))
+        if one != other:
+            raise ValueError(
+                "the weights were trained with another tokenizer than the data has, so its numbers "
+                "mean other symbols: give the data the tokenizer of the weights, --data.tokenizer "
+                "PATH (a checkpoint or model folder)."
+            )
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:

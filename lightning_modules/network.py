@@ -6,25 +6,47 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers.utils import logging
 
 import statezoo
 from statezoo.lightning_modules import checkpoint as ckpt
-from statezoo.zoo import StateZooConfig, StateZooForCausalLM
+from statezoo.zoo import (
+    StateZooConfig,
+    StateZooForCausalLM,
+    StateZooForMaskedLM,
+    StateZooForSequenceClassification,
+)
 from statezoo.zoo.mixer import resolve_mixer
+
+Network = StateZooForCausalLM | StateZooForMaskedLM | StateZooForSequenceClassification
+Net = TypeVar("Net", bound=Network)
+
+NETWORKS: dict[str, type[Network]] = {
+    kind.__name__: kind
+    for kind in (StateZooForCausalLM, StateZooForMaskedLM, StateZooForSequenceClassification)
+}
+
+HEADS = {"id2label", "label2id", "pooling"}
+"""Settings of heads alone."""
 
 
 def build_network(
+    kind: type[Net],
     settings: Mapping[str, Any],
     pretrained: str | Path | None = None,
     defaults: Mapping[str, Any] | None = None,
-) -> StateZooForCausalLM:
-    """Return a new network, or that of ``pretrained`` where its shape is the one asked for.
+) -> Net:
+    """Return a new network, or one whose body is that of ``pretrained``, and tell what was kept.
+
+    A network that reads one way can go on as one that reads both ways, or both strands, with the
+    same weights. Where ``pretrained`` was for another task or for other classes, the head is new.
 
     Args:
-        settings: Arguments of ``StateZooConfig``.
+        kind: Class of the network.
+        settings: Arguments of ``StateZooConfig``; None is what ``pretrained`` has.
         pretrained: Checkpoint, Hub folder or Hub name. Settings left at their defaults are then
             those of the file.
         defaults: What ``settings`` are where no one asked for anything.
@@ -33,19 +55,94 @@ def build_network(
         ValueError: If a setting is wrong, or was set to something that ``pretrained`` has not.
     """
     if pretrained is None:
-        return StateZooForCausalLM(StateZooConfig(**settings))
-    net: StateZooForCausalLM = load_network(pretrained)
-    found = net.config
-    wanted = StateZooConfig(**{**settings, "n_layers": max(settings["n_layers"], found.n_layers)})
-    wanted.n_layers = settings["n_layers"]
-    _check_same_mixers(wanted, found, str(pretrained))
-    usual = StateZooConfig(**(defaults or {}))
-    for key in settings:
-        if key != "mixers":
-            default = None if key == "vocab_size" else getattr(usual, key)
-            _check_same(key, getattr(wanted, key), getattr(found, key), default, str(pretrained))
+        return kind(StateZooConfig(**_given(settings)))
+    source = load_network(pretrained)
+    found = source.config
+    changed = {
+        key: settings[key]
+        for key in ("bidirectional", "complement")
+        if settings.get(key) and not getattr(found, key)
+    }
+    _check_shape({**settings, **changed}, found, defaults or {}, str(pretrained), changed)
+    net = _adopt(kind, source, settings, changed)
+    told = "all weights" if net is source else _told(source, net, changed)
+    rank_zero_info(f"from {pretrained}: {told}")
     net.train()
     return net
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what was left open; no channel mixer is an answer."""
+    return {k: v for k, v in settings.items() if v is not None or k == "channel"}
+
+
+def _adopt(
+    kind: type[Net], source: Network, settings: Mapping[str, Any], changed: Mapping[str, Any]
+) -> Net:
+    """Return ``source`` itself where only its head and directions are as asked, else a new net."""
+    found = source.config
+    asked = {key: settings[key] for key in HEADS if settings.get(key) is not None}
+    if isinstance(source, kind) and asked.get("id2label") in (None, found.id2label):
+        if asked.get("pooling", "mean") != "mean":
+            found.pooling = asked["pooling"]
+        if not changed:
+            return source
+        net = kind(StateZooConfig(**{**_own_keys(found.to_dict()), **changed}))
+        net.load_state_dict(source.state_dict())
+    else:
+        net = kind(StateZooConfig(**{**_own_keys(found.to_dict()), **asked, **changed}))
+        net.model.load_state_dict(source.model.state_dict())
+    return net
+
+
+def _told(source: Network, net: Network, changed: Mapping[str, Any]) -> str:
+    """Say what of ``source`` is in ``net``, and what is new."""
+    names = _listed([mixer["name"] for mixer in net.config.layer_mixers])
+    kept = f"kept the embedding and {net.config.n_layers} layers ({names})"
+    new = []
+    if "bidirectional" in changed:
+        new.append("they now read both ways, with the same weights")
+    if "complement" in changed:
+        new.append("they now read both strands, with the same weights")
+    if isinstance(net, StateZooForSequenceClassification):
+        if type(source) is not type(net) or source.config.id2label != net.config.id2label:
+            classes = ", ".join(net.config.id2label[i] for i in range(net.num_labels))
+            new.append(f"the head for {net.num_labels} classes ({classes}) is new")
+    elif net.config.tie_embeddings:
+        new.append("the head is the embedding")
+    elif type(source) is not type(net):
+        new.append("the head is new")
+    return "; ".join([kept, *new])
+
+
+def _check_shape(
+    settings: Mapping[str, Any],
+    found: StateZooConfig,
+    defaults: Mapping[str, Any],
+    source: str,
+    changed: Mapping[str, Any],
+) -> None:
+    """Raise where a setting is neither at its default nor what the file has."""
+    asked = {key: value for key, value in _given(settings).items() if key not in HEADS}
+    if asked["mixers"] == defaults.get("mixers"):
+        asked["mixers"] = found.mixers
+    wanted = StateZooConfig(**{**asked, "n_layers": max(asked["n_layers"], found.n_layers)})
+    wanted.n_layers = asked["n_layers"]
+    _check_same_mixers(wanted, found, source)
+    if not wanted.tie_directions and not found.bidirectional:
+        raise ValueError(
+            f"{source!r} has weights for one direction, which both directions start from: "
+            "leave tie_directions at true."
+        )
+    if wanted.vocab_size != found.vocab_size:
+        raise ValueError(
+            f"{source!r} has vocab_size {found.vocab_size}, the data {wanted.vocab_size}: give the "
+            f"data the tokenizer of the weights, --data.tokenizer {source}."
+        )
+    usual = StateZooConfig(**defaults)
+    for key in asked.keys() - {"mixers", "vocab_size"} - changed.keys():
+        default = None if key in ("bidirectional", "complement") else getattr(usual, key)
+        _check_same(key, getattr(wanted, key), getattr(found, key), default, source)
 
 
 def _check_same_mixers(wanted: StateZooConfig, found: StateZooConfig, source: str) -> None:
@@ -75,8 +172,8 @@ def _listed(names: list[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def load_network(source: str | Path) -> StateZooForCausalLM:
-    """Return the network of a checkpoint, a Hub folder or a Hub name.
+def load_network(source: str | Path) -> Network:
+    """Return the network of a checkpoint, a Hub folder or a Hub name, of the class it was saved as.
 
     Raises:
         ValueError: If the checkpoint or folder cannot be read.
@@ -85,13 +182,29 @@ def load_network(source: str | Path) -> StateZooForCausalLM:
         content = ckpt.read(source)
         ckpt.class_path(content, source)
         config = StateZooConfig(**_own_keys(content[ckpt.KEY]["config"]))
-        net = StateZooForCausalLM(config)
+        name = content[ckpt.KEY].get("network", StateZooForCausalLM.__name__)
+        if name not in NETWORKS:
+            raise ckpt.CheckpointError(f"{str(source)!r} holds a {name}, which is no network here.")
+        net = NETWORKS[name](config)
         net.load_state_dict(ckpt.network_weights(content))
         return net
     if not Path(source).exists() and str(source).count("/") != 1:
         raise ckpt.CheckpointError(f"there is no checkpoint or model folder {str(source)!r}.")
     with _no_progress_bars():
-        return statezoo.load(source)
+        kind = _kind_of_folder(source)
+        if kind is StateZooForCausalLM:
+            return statezoo.load(source)  # which reads those of other libraries too
+        loaded: Network = kind.from_pretrained(str(source), use_safetensors=True)
+        return loaded
+
+
+def _kind_of_folder(source: str | Path) -> type[Network]:
+    """Return the class that a Hub folder's configuration names; that of causal models if none."""
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        return StateZooForCausalLM
+    config = StateZooConfig.get_config_dict(str(source))[0]
+    names = config.get("architectures") or []
+    return NETWORKS.get(next(iter(names), ""), StateZooForCausalLM)
 
 
 @contextmanager
@@ -108,16 +221,16 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what transformers adds on writing and refuses or ignores on reading."""
-    return {k: v for k, v in config.items() if k not in ("transformers_version", "model_type")}
+    return {k: v for k, v in config.items() if k not in ("transformers_version", "model_type", "architectures")}
 
 
 def export(
-    net: StateZooForCausalLM,
+    net: Network,
     folder: str | Path,
     tokenizer: Mapping[str, bytes] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a network as a Hub folder that ``AutoModelForCausalLM.from_pretrained`` reads.
+    """Write a network as a Hub folder that ``AutoModelFor...`` of its task reads.
 
     Args:
         net: The network.
