@@ -18,7 +18,12 @@ from statezoo.zoo.cache import cache_from_tensors, cache_to_tensors, detach, for
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.mixer import MIXERS, Mixer, build_mixer, mixer_settings
 from statezoo.zoo.model import StateZooForCausalLM, StateZooModel
-from statezoo.zoo.tasks import StateZooForMaskedLM, StateZooForSequenceClassification
+from statezoo.zoo.tasks import (
+    StateZooForMaskedLM,
+    StateZooForSequenceClassification,
+    pool,
+    with_head,
+)
 
 __all__ = [
     "MIXERS",
@@ -34,6 +39,8 @@ __all__ = [
     "detach",
     "fork",
     "mixer_settings",
+    "pool",
+    "with_head",
 ]
 
 # every file that is there: mixers register themselves

@@ -20,6 +20,7 @@ FROM_TRANSFORMERS = {  # what transformers itself passes, or writes to config.js
     "quantization_config",
     "torch_dtype",
 }
+LABELS = ("num_labels", "id2label", "label2id", "problem_type")  # what transformers itself declares
 
 
 class StateZooConfig(PreTrainedConfig):
@@ -41,6 +42,11 @@ class StateZooConfig(PreTrainedConfig):
         complement: The complement of every token, for a net that reads both strands and is
             equivariant under reverse complement, see :mod:`statezoo.zoo.strands`.
         pooling: How a classifier sums up a sequence: by the mean over its tokens, or by the last.
+        num_labels: Number of classes of a classifier, or of numbers that it predicts; default 2.
+        id2label: Their names, by number.
+        label2id: Their numbers, by name; follows from ``id2label``.
+        problem_type: ``"regression"``, ``"single_label_classification"`` or
+            ``"multi_label_classification"``; by default told by the labels.
         bos_token_id: First token of a text, if there is one.
         eos_token_id: Token (or tokens) that ends a text, if there is one.
         pad_token_id: Padding, if there is one.
@@ -75,18 +81,20 @@ class StateZooConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check names and types, and write out all settings."""
-        own = [
-            key
-            for key in StateZooConfig.__annotations__
-            if key not in ("model_type", "attribute_map")
-        ]
+        own = [*self.own_keys(), *LABELS]
         for key in kwargs:
             if key not in FROM_TRANSFORMERS and not key.startswith("_"):
                 other = self.attribute_map.get(key)
                 hint = f" (did you mean {other!r}?)" if other else suggestion(key, own)
                 raise ValueError(f"StateZooConfig has no key {key!r}{hint}.")
         self.resolve()
+        n = kwargs.get("num_labels")
+        if n is not None and check_type("num_labels", n, int) < 1:
+            raise ValueError(f"num_labels must be at least 1, got {n}.")
+        if n is not None and self.id2label is not None and len(self.id2label) != n:
+            raise ValueError(f"num_labels={n}, but id2label names {len(self.id2label)} labels.")
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        self._check_labels()
 
     def resolve(self) -> None:
         """Check all values again, and write out the settings of all parts.
@@ -95,9 +103,8 @@ class StateZooConfig(PreTrainedConfig):
             ValueError: If a name is unknown or a value out of range.
             TypeError: If a value has the wrong type.
         """
-        for key, kind in StateZooConfig.__annotations__.items():
-            if key not in ("model_type", "attribute_map"):
-                setattr(self, key, check_type(key, getattr(self, key), kind))
+        for key, kind in self.own_keys().items():
+            setattr(self, key, check_type(key, getattr(self, key), kind))
         for key in ("vocab_size", "d_model", "n_layers"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}.")
@@ -108,8 +115,31 @@ class StateZooConfig(PreTrainedConfig):
         self.mixers = [resolve_mixer(entry) for entry in self.mixers]
         if self.channel is not None:
             self.channel = resolve(CHANNELS, self.channel, "channel mixer")
+        if self.bidirectional is False and self.tie_directions is False:
+            raise ValueError(
+                "tie_directions: false gives the backward direction weights of its own, so it "
+                "needs bidirectional: true."
+            )
         if self.complement is not None:
             _check_complement(self.complement, self.vocab_size)
+
+    @classmethod
+    def own_keys(cls) -> dict[str, Any]:
+        """List the keys that are our own, with their types."""
+        kinds = StateZooConfig.__annotations__.items()
+        return {key: kind for key, kind in kinds if key not in ("model_type", "attribute_map")}
+
+    def _check_labels(self) -> None:
+        named = self.id2label or {}
+        if sorted(named) != [*range(len(named))]:
+            raise ValueError(f"id2label must name labels 0, 1, ... in turn, got {sorted(named)}.")
+        inverse = {label: number for number, label in named.items()}
+        if self.label2id is None:
+            self.label2id = inverse
+        if self.label2id != inverse or len(inverse) < len(named):
+            raise ValueError(
+                f"label2id must be the inverse of id2label {named}, got {self.label2id}."
+            )
 
     @property
     def layer_mixers(self) -> list[dict[str, Any]]:

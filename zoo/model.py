@@ -27,8 +27,9 @@ IGNORED = {"cache_position", "output_attentions", "position_ids", "token_type_id
 
 @dataclass
 class StreamOutput(BaseModelOutputWithPast):
-    """The stream and the states; in training mode also what mixers say beside, by layer.
+    """The stream and the states; in training mode also what mixers say beside.
 
+    That is numbered as in :meth:`StateZooModel.mixers`: by layer, then those that run backward.
     The stream of a net that reads both strands is their mean; ``strands [B T 2D]`` has both.
     """
 

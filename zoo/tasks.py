@@ -1,6 +1,7 @@
-"""Heads beside the causal one: masked tokens, and one answer per sequence."""
+"""Heads beside the causal one: masked tokens, and one answer per sequence; and a change of head."""
 
-from typing import Any, Literal, cast
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,19 @@ from transformers.utils.generic import can_return_tuple
 
 from statezoo.kernels._varlen import segment_ids
 from statezoo.zoo.auxiliary import add_auxiliary
-from statezoo.zoo.config import StateZooConfig
+from statezoo.zoo.config import LABELS, StateZooConfig
 from statezoo.zoo.loss import IGNORE, mean_loss
-from statezoo.zoo.model import StateZooModel, StateZooPreTrainedModel, StreamOutput
+from statezoo.zoo.model import (
+    StateZooForCausalLM,
+    StateZooModel,
+    StateZooPreTrainedModel,
+    StreamOutput,
+)
 from statezoo.zoo.padding import find_padding
 from statezoo.zoo.strands import head_of_both
 
 Pooling = Literal["mean", "last", "first"]
+Net = TypeVar("Net", bound=StateZooPreTrainedModel)
 
 
 class StateZooForMaskedLM(StateZooPreTrainedModel):
@@ -84,11 +91,12 @@ class StateZooForMaskedLM(StateZooPreTrainedModel):
         if labels is not None:
             targets = labels
             if attention_mask is not None:
-                targets = labels.masked_fill(attention_mask == 0, IGNORE)
+                real = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :]
+                targets = labels.masked_fill(real == 0, IGNORE)
             n, scored = num_items_in_batch, (targets != IGNORE).sum()
             loss = add_auxiliary(mean_loss(x, weight, targets, n), out.auxiliary, scored, n)
         if labels is None or not self.training:
-            logits = F.linear(x, weight)
+            logits = self.lm_head(x) if out.strands is None else F.linear(x, weight)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
     def head(self, out: StreamOutput) -> tuple[Tensor, Tensor]:
@@ -248,3 +256,68 @@ def pool(
     at = cu[1:] - 1 if how == "last" else cu[:-1]
     found = F.pad(flat, (0, 0, 0, 1))  # a row of zeros at the end
     return found[at.where(cu.diff() > 0, len(flat))]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """Tensors by name: those that a change of head ``dropped``, and those that are ``new``."""
+
+    dropped: list[str]
+    new: list[str]
+
+
+def with_head(
+    net: StateZooPreTrainedModel, kind: type[Net], **changes: Any
+) -> tuple[Net, Exchanged]:
+    """Copy a trained net into one for another task: the body stays, the head is new.
+
+    A head that fits stays too: that of a causal model in a masked one. A causal body may become
+    ``bidirectional``; untied, its backward direction starts as a copy of the forward one.
+
+    Args:
+        net: The trained net.
+        kind: Class of the new one.
+        **changes: Keys of the configuration that are to differ, such as ``num_labels``.
+
+    Returns:
+        The new net, on the device of ``net``, and what became of the heads.
+
+    Raises:
+        ValueError: If the changes leave no room for the body's weights.
+
+    Example:
+        >>> net, exchanged = with_head(net, StateZooForSequenceClassification, num_labels=3)
+        >>> exchanged
+        Exchanged(dropped=['lm_head.weight'], new=['score.bias', 'score.weight'])
+    """
+    config = net.config.to_dict()
+    ours = [*net.config.own_keys(), *LABELS]
+    names = {"num_labels", "id2label", "label2id"}
+    stale = names if changes.keys() & names else set()  # other labels have other names
+    kept = {key: config[key] for key in ours if key in config and key not in stale}
+    new = kind(StateZooConfig(**{**kept, **changes}))
+    prefix = "model." if isinstance(net, StateZooModel) else ""
+    old = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    wanted = new.state_dict()
+    for name in wanted.keys() - old.keys():
+        ahead = name.replace(".mixer_back.", ".mixer.")
+        if ahead in old:
+            old[name] = old[ahead]
+    fits = {k: x for k, x in old.items() if k in wanted and x.shape == wanted[k].shape}
+    dropped, missing = sorted(old.keys() - fits.keys()), sorted(wanted.keys() - fits.keys())
+    if lost := [name for name in {*dropped, *missing} if name.startswith("model.")]:
+        raise ValueError(
+            f"a new head leaves the body as it is, but {changes} changes the tensors "
+            f"{', '.join(sorted(lost))}."
+        )
+    new.load_state_dict(fits, strict=False)
+    for name, parameter in new.named_parameters():
+        parameter.data = parameter.data.to(fits[name].dtype if name in fits else net.dtype)
+    return new.to(net.device).train(net.training), Exchanged(dropped, missing)
+
+
+TASKS: dict[str, type[StateZooPreTrainedModel]] = {
+    "causal": StateZooForCausalLM,
+    "masked": StateZooForMaskedLM,
+    "classification": StateZooForSequenceClassification,
+}

@@ -6,10 +6,10 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from statezoo.zoo import StateZooForCausalLM
+    from statezoo.zoo.model import StateZooPreTrainedModel
 
 ALIASES = {"transformer": "attention"}
 
@@ -28,28 +28,39 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in names if fnmatchcase(name, pattern))
 
 
-def create_model(name: str, **settings: Any) -> "StateZooForCausalLM":
+def create_model(
+    name: str, task: Literal["causal", "masked", "classification"] = "causal", **settings: Any
+) -> "StateZooPreTrainedModel":
     """Make a model with fresh weights.
 
     Args:
         name: A mixer for all layers (see :func:`list_models`), ``"transformer"`` (softmax
             attention), or ``"hybrid"``, which needs ``mixers=[...]``, cycled over the layers.
+        task: What it predicts: the next token, masked tokens, or ``num_labels`` classes of a
+            sequence.
         **settings: Keys of ``StateZooConfig`` and settings of the mixer, side by side.
 
     Raises:
-        ValueError: If the name or a setting is unknown.
+        ValueError: If the name, the task or a setting is unknown.
         TypeError: If a value has the wrong type.
 
     Example:
         >>> create_model("gla", d_model=256, n_layers=4, vocab_size=256, n_heads=2)
         >>> create_model("hybrid", mixers=["gla", "gla", {"name": "attention", "window": 128}])
+        >>> create_model("gla", task="masked", bidirectional=True)
     """
-    from statezoo.zoo import MIXERS, StateZooConfig, StateZooForCausalLM, mixer_settings
+    from statezoo.zoo import MIXERS, StateZooConfig, mixer_settings
+    from statezoo.zoo.config import LABELS
+    from statezoo.zoo.tasks import TASKS
 
+    if task not in TASKS:
+        raise ValueError(
+            f"no task named {task!r}{_near(task, [*TASKS])}; there are {', '.join(TASKS)}."
+        )
     if name == "hybrid":
         if "mixers" not in settings:
             raise ValueError("hybrid needs its mixers, e.g. mixers=['gla', 'gla', 'attention'].")
-        return StateZooForCausalLM(StateZooConfig(**settings))
+        return TASKS[task](StateZooConfig(**settings))
     mixer = ALIASES.get(name, name)
     if mixer not in MIXERS:
         known = sorted({*MIXERS, *ALIASES, "hybrid"})
@@ -57,17 +68,19 @@ def create_model(name: str, **settings: Any) -> "StateZooForCausalLM":
             f"no model named {name!r}{_near(name, known)}; there are {', '.join(known)}."
         )
     own = mixer_settings(mixer)
-    keys = {*StateZooConfig.__annotations__} - {"mixers", "model_type", "attribute_map"}
+    keys = {*StateZooConfig.own_keys(), *LABELS} - {"mixers"}
     for key in settings:
         if key not in own and key not in keys:
             raise ValueError(f"{name} has no setting {key!r}{_near(key, [*own, *keys])}.")
     entry = {"name": mixer} | {key: value for key, value in settings.items() if key in own}
     rest = {key: value for key, value in settings.items() if key not in own}
-    return StateZooForCausalLM(StateZooConfig(mixers=[entry], **rest))
+    return TASKS[task](StateZooConfig(mixers=[entry], **rest))
 
 
-def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
+def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooPreTrainedModel":
     """Load a model from a folder or from the Hub, and run no code from there.
+
+    Its class is the one that ``architectures`` in ``config.json`` names.
 
     Models of other libraries are converted, see :mod:`statezoo.zoo.convert`: Mamba and Mamba-2 of
     state-spaces and transformers, and those of flash-linear-attention.
@@ -85,7 +98,7 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
     Example:
         >>> net = load("state-spaces/mamba-130m-hf")
     """
-    from statezoo.zoo import StateZooConfig, StateZooForCausalLM, convert
+    from statezoo.zoo import StateZooConfig, convert
 
     place, given = Path(path_or_id), str(path_or_id)
     if place.is_dir():
@@ -96,17 +109,32 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooForCausalLM":
         raise ValueError("load executes no code from a checkpoint; leave trust_remote_code out.")
     where = ("revision", "cache_dir", "token", "local_files_only")
     hub = {key: kwargs[key] for key in where if key in kwargs}
-    kind = StateZooConfig.get_config_dict(str(place), **hub)[0].get("model_type")
-    net: StateZooForCausalLM
-    if kind != "statezoo":
+    config = StateZooConfig.get_config_dict(str(place), **hub)[0]
+    net: StateZooPreTrainedModel
+    if config.get("model_type") != "statezoo":
         folder = place if place.is_dir() else convert.fetch(given, **hub)
         rest = {key: value for key, value in kwargs.items() if key not in hub}
         net, _ = convert.load(folder, **rest)
         return net
     if place.is_dir():
         _check_file(place, "model.safetensors")
-    net = StateZooForCausalLM.from_pretrained(str(place), use_safetensors=True, **kwargs)
+    net = _class_of(config, given).from_pretrained(str(place), use_safetensors=True, **kwargs)
     return net
+
+
+def _class_of(config: dict[str, Any], source: str) -> "type[StateZooPreTrainedModel]":
+    """Return the class that a configuration names; the causal one where it names none."""
+    from statezoo.zoo import StateZooModel
+    from statezoo.zoo.tasks import TASKS
+
+    classes = {cls.__name__: cls for cls in [*TASKS.values(), StateZooModel]}
+    named = config.get("architectures") or [TASKS["causal"].__name__]
+    if len(named) != 1 or named[0] not in classes:
+        raise ValueError(
+            f"{source}: config.json names the architectures {named}; there are "
+            f"{', '.join(classes)}."
+        )
+    return classes[named[0]]
 
 
 def _check_file(folder: Path, name: str) -> None:

@@ -122,7 +122,7 @@ CASES = cases()
 KINDS = kinds()
 
 
-def make(case, dtype=torch.float64, n_layers=2, seed=0, **settings):
+def make(case, dtype=torch.float64, n_layers=2, seed=0, kind=StateZooForCausalLM, **settings):
     """A tiny model whose parameters are all away from zero, in evaluation mode."""
     torch.manual_seed(seed)
     mixers = CASES[case]
@@ -133,7 +133,7 @@ def make(case, dtype=torch.float64, n_layers=2, seed=0, **settings):
         mixers=mixers,
         **settings,
     )
-    net = StateZooForCausalLM(config).to(dtype).eval()
+    net = kind(config).to(dtype).eval()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
