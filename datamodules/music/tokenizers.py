@@ -1,0 +1,87 @@
+"""Music to token ids and back: beat-based MIDI tokens, a four-voice grid, performance events."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from statezoo.datamodules.music.base import GrammarState, MusicTokenizer
+from statezoo.datamodules.music.midi import KINDS, MULTI_VOCABULARY, MidiState, MidiTokens
+from statezoo.datamodules.music.performance import Performance, PerformanceState
+from statezoo.datamodules.music.satb import SatbGrid, SatbState
+from statezoo.datamodules.tokenizers import CONFIG_FILE
+
+__all__ = [
+    "ENCODINGS",
+    "GrammarState",
+    "MidiState",
+    "MidiTokens",
+    "MusicTokenizer",
+    "Performance",
+    "PerformanceState",
+    "SatbGrid",
+    "SatbState",
+    "music_tokenizer",
+    "music_tokenizer_from_state",
+]
+
+ENCODINGS = (*KINDS, SatbGrid.kind, Performance.kind)
+
+
+def music_tokenizer(name: str, **settings: Any) -> MusicTokenizer:
+    """The tokenizer of an encoding: ``remi``, ``tsd``, ``midilike``, ``satb`` or ``performance``.
+
+    A folder with a saved tokenizer, or the .ckpt of a run, gives that tokenizer.
+
+    Args:
+        name: What to make or load.
+        settings: Those of ``MidiTokens`` or ``SatbGrid``.
+
+    Raises:
+        ValueError: If there is no such encoding, folder or checkpoint.
+    """
+    if name in KINDS or name.lower() in MULTI_VOCABULARY:
+        return MidiTokens(name, **settings)
+    if name == SatbGrid.kind:
+        return SatbGrid(**settings)
+    if name == Performance.kind:
+        return Performance(**settings)
+    path = Path(name)
+    if path.suffix == ".ckpt" and path.is_file():
+        return _from_checkpoint(path)
+    file = path / CONFIG_FILE
+    if file.is_file():
+        texts = {f.name: f.read_text(encoding="utf-8") for f in path.glob("tokenizer*.json")}
+        return music_tokenizer_from_state(texts)
+    raise ValueError(
+        f"No music encoding {name!r}: use {', '.join(ENCODINGS)}, a folder with a saved "
+        "tokenizer, or the .ckpt of a run on music."
+    )
+
+
+def music_tokenizer_from_state(state: dict[str, str]) -> MusicTokenizer:
+    """Rebuild a tokenizer from ``MusicTokenizer.state_dict()``.
+
+    Raises:
+        ValueError: If it is no music tokenizer, or its library would now give other ids.
+    """
+    config = json.loads(state.get(CONFIG_FILE, "{}"))
+    kind, settings = config.get("statezoo_kind"), config.get("statezoo_settings")
+    if kind not in ENCODINGS or not isinstance(settings, dict):
+        raise ValueError(
+            f"The tokenizer is of kind {kind!r}, not one for music ({', '.join(ENCODINGS)})."
+        )
+    found = music_tokenizer(kind, **settings)
+    found.check_names(state)
+    return found
+
+
+def _from_checkpoint(path: Path) -> MusicTokenizer:
+    import torch
+
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = checkpoint.get("Music", {})
+    if "tokenizer" not in saved:
+        raise ValueError(f"{path} holds no tokenizer: it was not made with the data module Music.")
+    return music_tokenizer_from_state(saved["tokenizer"])
