@@ -60,7 +60,7 @@ class Task(LightningModule):
 
     scored: ClassVar[str] = "token"
     """What the loss is a mean over."""
-    objective: ClassVar[Literal["causal", "masked"] | None] = None
+    objective: ClassVar[Literal["causal", "masked", "frames"] | None] = None
     """What the data must be made for; None for anything."""
 
     def __init__(
@@ -243,11 +243,13 @@ class Task(LightningModule):
         if data is None or self.objective in (None, has):
             return
         name = type(data).__name__
-        settable = hasattr(data, "objective")
+        advice = {"causal": "Text, DNA and Music have it", "masked": "DNA has it"}
+        hint = advice.get(str(self.objective), "PianoFrames has it")
+        if "frames" not in (has, self.objective) and hasattr(data, "objective"):
+            hint = f"set --data.objective {self.objective}"
         raise ValueError(
             f"{type(self).__name__} needs data made for the {self.objective} objective, {name} is "
-            f"made for the {has} one: "
-            + (f"set --data.objective {self.objective}." if settable else "DNA has it.")
+            f"made for the {has} one: {hint}."
         )
 
     def on_train_start(self) -> None:
