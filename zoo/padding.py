@@ -22,7 +22,7 @@ class Padding:
         self.cu_seqlens = F.pad(real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
     def pack(self, x: Tensor) -> Tensor:
-        """Take the real tokens of ``x [B T D]`` as ``[1 n D]``."""
+        """Take the real tokens of ``x [B T ...]`` as ``[1 n ...]``."""
         return x.flatten(0, 1)[self.index][None]
 
     def unpack(self, x: Tensor) -> Tensor:

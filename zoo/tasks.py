@@ -310,9 +310,9 @@ def with_head(
             f"a new head leaves the body as it is, but {changes} changes the tensors "
             f"{', '.join(sorted(lost))}."
         )
-    new.load_state_dict(fits, strict=False)
     for name, parameter in new.named_parameters():
         parameter.data = parameter.data.to(fits[name].dtype if name in fits else net.dtype)
+    new.load_state_dict(fits, strict=False)
     return new.to(net.device).train(net.training), Exchanged(dropped, missing)
 
 

@@ -3,6 +3,7 @@
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -120,6 +121,7 @@ def kinds():
 
 CASES = cases()
 KINDS = kinds()
+EACH = [case if case in KINDS else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 def make(case, dtype=torch.float64, n_layers=2, seed=0, kind=StateZooForCausalLM, **settings):
