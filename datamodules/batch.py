@@ -21,12 +21,23 @@ class Batch(TypedDict):
     Attributes:
         tokens: ``[B T]`` int64, what the model reads.
         targets: ``[B T]`` int64, already aligned: ``targets[t]`` is what position ``t`` must
-            say; ``IGNORE`` where nothing is scored.
+            say; ``IGNORE`` where nothing is scored. Not in batches of labelled sequences.
         cu_seqlens: ``[N+1]`` int32 bounds of the sequences packed along ``T``; then ``B = 1``.
-        n_bytes: int64 scalar, the bytes of text that the scored targets stand for.
+        attention_mask: ``[B T]``, 1 for tokens and 0 for padding on the right; only where lengths
+            differ.
+        n_bytes: int64 scalar, what the scored targets stand for: bytes of text, bases, notes; the
+            data module names it, ``unit``.
+        weights: ``[B T]`` float32, what each target counts in the training loss. Validation counts
+            all alike, and logs those of weight 1 beside.
+        labels: ``[B]`` int64 classes, one per sequence (``[N]`` if packed); ``IGNORE`` if unknown.
+        ids: Names of the sequences, for tables of predictions.
     """
 
     tokens: Tensor
-    targets: Tensor
+    targets: NotRequired[Tensor]
     cu_seqlens: NotRequired[Tensor]
+    attention_mask: NotRequired[Tensor]
     n_bytes: NotRequired[Tensor]
+    weights: NotRequired[Tensor]
+    labels: NotRequired[Tensor]
+    ids: NotRequired[list[str]]

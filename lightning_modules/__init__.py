@@ -9,15 +9,21 @@ from statezoo.lightning_modules import architectures as _architectures
 from statezoo.lightning_modules.architectures import ARCHITECTURES, Hybrid, architecture
 from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.checkpoint import CheckpointError, load_checkpoint
+from statezoo.lightning_modules.classify import SequenceClassifier
+from statezoo.lightning_modules.masked_lm import MaskedLM
 from statezoo.lightning_modules.network import export, export_checkpoint, load_network
 from statezoo.lightning_modules.optim import Optim
+from statezoo.lightning_modules.task import Task
 
 __all__ = [
     "ARCHITECTURES",
     "CausalLM",
     "CheckpointError",
     "Hybrid",
+    "MaskedLM",
     "Optim",
+    "SequenceClassifier",
+    "Task",
     "architecture",
     "export",
     "export_checkpoint",

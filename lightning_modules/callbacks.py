@@ -1,4 +1,4 @@
-"""What a run of ours writes and shows: checkpoints, loss curve, Hub folder, baselines."""
+"""What a fit of ours writes and shows: checkpoints, loss curve, Hub folder, baselines."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.network import export, load_network
+from statezoo.lightning_modules.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -180,10 +178,11 @@ class LossCurve(Callback):
         for logger in trainer.loggers:
             logger.save()
         if source.is_file():
-            draw_losses(source, source.with_name("loss.png"))
+            scored = getattr(pl_module, "scored", "token")
+            draw_losses(source, source.with_name("loss.png"), scored)
 
 
-def draw_losses(source: Path, target: Path) -> None:
+def draw_losses(source: Path, target: Path, scored: str = "token") -> None:
     """Draw the columns ``train/nll`` and ``val/nll`` of a CSV file over ``step``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -197,7 +196,7 @@ def draw_losses(source: Path, target: Path) -> None:
         points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1)
-    axes.set(xlabel="optimiser step", ylabel="nats per token")
+    axes.set(xlabel="optimiser step", ylabel=f"nats per {scored}")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -216,7 +215,7 @@ class ExportHub(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, from the best checkpoint where there is one."""
-        if not isinstance(pl_module, CausalLM) or _trying(trainer):
+        if not isinstance(pl_module, Task) or _trying(trainer):
             return
         if not trainer.is_global_zero:
             return
@@ -234,42 +233,6 @@ class ExportHub(Callback):
         else:
             net = pl_module.net
         export(net, target, pl_module.tokenizer_files, extra=metrics or None)
-
-
-class WritePredictions(Callback):
-    """Write ``predictions.csv``: for each sequence its scored tokens and their nats."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, int, int, float]] = []
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep the sums of each sequence."""
-        if not isinstance(outputs, dict) or "nll" not in outputs:
-            return
-        bounds = batch.get("cu_seqlens")
-        for number, (nll, scored) in enumerate(_sequences(outputs, bounds)):
-            self.rows.append((batch_idx, number, int(scored.sum()), float(nll.sum())))
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the file."""
-        if not self.rows:
-            return
-        folder = run_folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        rank = f"_{trainer.global_rank}" if trainer.world_size > 1 else ""
-        with (folder / f"predictions{rank}.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["batch", "sequence", "tokens", "nll_nats", "nll_per_token"])
-            for batch, sequence, tokens, nats in self.rows:
-                writer.writerow([batch, sequence, tokens, nats, nats / max(tokens, 1)])
 
 
 class CompareWithBaselines(Callback):
@@ -295,12 +258,3 @@ class CompareWithBaselines(Callback):
         Console().print(table)
         if (folder := run_folder(trainer)).is_dir():
             (folder / "baselines.json").write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def _sequences(outputs: dict[str, Tensor], bounds: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-    """Cut nats and scored flags into sequences: rows, or the parts of a packed one."""
-    nll, scored = outputs["nll"], outputs["scored"]
-    if bounds is None:
-        return list(zip(nll, scored, strict=True))
-    lengths = torch.diff(bounds).tolist()
-    return list(zip(nll[0].split(lengths), scored[0].split(lengths), strict=True))

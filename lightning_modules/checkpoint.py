@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 
 TOKENS_FILE = "tokenizer.json"
 KEY = "statezoo"
-"""Where in the file: ``class_path``, ``network`` (its class) and its ``config``, ``tokenizer`` files,
+"""Where in the file: ``class_path``, ``network`` (its class), ``config``, ``tokenizer`` files,
 ``rng``."""
 
 
@@ -116,13 +116,15 @@ def pretrained_tokenizer(source: str | Path) -> dict[str, bytes]:
 
 
 def check_same_tokenizer(of_weights: Mapping[str, bytes], of_data: Mapping[str, bytes]) -> None:
-    """Compare the tokenizers that weights were trained with and that data has, where both are known.
+    """Compare the tokenizers of weights and data, where both are known.
 
     Raises:
         ValueError: If their symbols differ.
     """
     if TOKENS_FILE in of_weights and TOKENS_FILE in of_data:
-        one, other = (json.loads(files[TOKENS_FILE])["model"] for files in (of_weights, of_data))
+        one, other = (
+            json.loads(files[TOKENS_FILE]).get("model") for files in (of_weights, of_data)
+        )
         if one != other:
             raise ValueError(
                 "the weights were trained with another tokenizer than the data has, so its numbers "

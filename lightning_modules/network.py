@@ -13,23 +13,16 @@ from transformers.utils import logging
 
 import statezoo
 from statezoo.lightning_modules import checkpoint as ckpt
-from statezoo.zoo import (
-    StateZooConfig,
-    StateZooForCausalLM,
-    StateZooForMaskedLM,
-    StateZooForSequenceClassification,
-)
+from statezoo.zoo import StateZooConfig, StateZooForCausalLM, with_head
 from statezoo.zoo.mixer import resolve_mixer
+from statezoo.zoo.model import StateZooPreTrainedModel
+from statezoo.zoo.tasks import TASKS
 
-Network = StateZooForCausalLM | StateZooForMaskedLM | StateZooForSequenceClassification
-Net = TypeVar("Net", bound=Network)
+Net = TypeVar("Net", bound=StateZooPreTrainedModel)
 
-NETWORKS: dict[str, type[Network]] = {
-    kind.__name__: kind
-    for kind in (StateZooForCausalLM, StateZooForMaskedLM, StateZooForSequenceClassification)
-}
+NETWORKS = {kind.__name__: kind for kind in TASKS.values()}
 
-HEADS = {"id2label", "label2id", "pooling"}
+HEAD = ("id2label", "problem_type", "pooling")
 """Settings of heads alone."""
 
 
@@ -41,7 +34,7 @@ def build_network(
 ) -> Net:
     """Return a new network, or one whose body is that of ``pretrained``, and tell what was kept.
 
-    A network that reads one way can go on as one that reads both ways, or both strands, with the
+    A network that reads one way can go on as one that reads both ways, or both strands, from the
     same weights. Where ``pretrained`` was for another task or for other classes, the head is new.
 
     Args:
@@ -57,15 +50,9 @@ def build_network(
     if pretrained is None:
         return kind(StateZooConfig(**_given(settings)))
     source = load_network(pretrained)
-    found = source.config
-    changed = {
-        key: settings[key]
-        for key in ("bidirectional", "complement")
-        if settings.get(key) and not getattr(found, key)
-    }
-    _check_shape({**settings, **changed}, found, defaults or {}, str(pretrained), changed)
-    net = _adopt(kind, source, settings, changed)
-    told = "all weights" if net is source else _told(source, net, changed)
+    body = _changes(settings, source.config)
+    _check_shape({**settings, **body}, source.config, defaults or {}, str(pretrained), body)
+    net, told = _adopt(kind, source, settings, body)
     rank_zero_info(f"from {pretrained}: {told}")
     net.train()
     return net
@@ -76,43 +63,43 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in settings.items() if v is not None or k == "channel"}
 
 
+def _changes(settings: Mapping[str, Any], found: StateZooConfig) -> dict[str, Any]:
+    """Return what is asked of the body that ``found`` can be made to do with its weights."""
+    changes = {
+        key: settings[key]
+        for key in ("bidirectional", "complement")
+        if settings.get(key) and not getattr(found, key)
+    }
+    if "bidirectional" in changes and settings.get("tie_directions") is False:
+        changes["tie_directions"] = False
+    return changes
+
+
 def _adopt(
-    kind: type[Net], source: Network, settings: Mapping[str, Any], changed: Mapping[str, Any]
-) -> Net:
-    """Return ``source`` itself where only its head and directions are as asked, else a new net."""
-    found = source.config
-    asked = {key: settings[key] for key in HEADS if settings.get(key) is not None}
-    if isinstance(source, kind) and asked.get("id2label") in (None, found.id2label):
-        if asked.get("pooling", "mean") != "mean":
-            found.pooling = asked["pooling"]
-        if not changed:
-            return source
-        net = kind(StateZooConfig(**{**_own_keys(found.to_dict()), **changed}))
-        net.load_state_dict(source.state_dict())
-    else:
-        net = kind(StateZooConfig(**{**_own_keys(found.to_dict()), **asked, **changed}))
-        net.model.load_state_dict(source.model.state_dict())
-    return net
-
-
-def _told(source: Network, net: Network, changed: Mapping[str, Any]) -> str:
-    """Say what of ``source`` is in ``net``, and what is new."""
+    kind: type[Net], source: Any, settings: Mapping[str, Any], body: Mapping[str, Any]
+) -> tuple[Net, str]:
+    """Return a network of this kind with the weights of ``source``, and what became of them."""
+    head = {key: settings[key] for key in HEAD if settings.get(key) is not None}
+    if type(source) is kind and head.get("pooling") == "mean":
+        del head["pooling"]  # left at its default
+    classes = head.get("id2label", source.config.id2label)
+    same_head = type(source) is not kind or classes == source.config.id2label
+    net, exchanged = with_head(
+        source if same_head else getattr(source, "model", source), kind, **head, **body
+    )
     names = _listed([mixer["name"] for mixer in net.config.layer_mixers])
-    kept = f"kept the embedding and {net.config.n_layers} layers ({names})"
-    new = []
-    if "bidirectional" in changed:
-        new.append("they now read both ways, with the same weights")
-    if "complement" in changed:
-        new.append("they now read both strands, with the same weights")
-    if isinstance(net, StateZooForSequenceClassification):
-        if type(source) is not type(net) or source.config.id2label != net.config.id2label:
-            classes = ", ".join(net.config.id2label[i] for i in range(net.num_labels))
-            new.append(f"the head for {net.num_labels} classes ({classes}) is new")
-    elif net.config.tie_embeddings:
-        new.append("the head is the embedding")
-    elif type(source) is not type(net):
-        new.append("the head is new")
-    return "; ".join([kept, *new])
+    n = net.config.n_layers
+    told = f"kept the embedding and {n} layer{'s' if n > 1 else ''} ({names})"
+    if not exchanged.new:
+        told += " and the head"
+    for key, what in (("bidirectional", "ways"), ("complement", "strands")):
+        if key in body:
+            both = "from copies of" if body.get("tie_directions") is False else "with"
+            told += f", now reading both {what} {both} the same weights"
+    if exchanged.new:
+        told += "; new: the head"
+        told += f" for {len(classes)} classes ({', '.join(classes.values())})" if head else ""
+    return net, told
 
 
 def _check_shape(
@@ -120,27 +107,26 @@ def _check_shape(
     found: StateZooConfig,
     defaults: Mapping[str, Any],
     source: str,
-    changed: Mapping[str, Any],
+    body: Mapping[str, Any],
 ) -> None:
     """Raise where a setting is neither at its default nor what the file has."""
-    asked = {key: value for key, value in _given(settings).items() if key not in HEADS}
+    asked = {key: value for key, value in _given(settings).items() if key not in HEAD}
     if asked["mixers"] == defaults.get("mixers"):
         asked["mixers"] = found.mixers
-    wanted = StateZooConfig(**{**asked, "n_layers": max(asked["n_layers"], found.n_layers)})
+    if asked.get("tie_directions") is False and not (body or found.bidirectional):
+        raise ValueError("tie_directions: false needs bidirectional: true.")
+    more = {"bidirectional": found.bidirectional, **asked}
+    more["n_layers"] = max(asked["n_layers"], found.n_layers)
+    wanted = StateZooConfig(**more)
     wanted.n_layers = asked["n_layers"]
     _check_same_mixers(wanted, found, source)
-    if not wanted.tie_directions and not found.bidirectional:
-        raise ValueError(
-            f"{source!r} has weights for one direction, which both directions start from: "
-            "leave tie_directions at true."
-        )
     if wanted.vocab_size != found.vocab_size:
         raise ValueError(
             f"{source!r} has vocab_size {found.vocab_size}, the data {wanted.vocab_size}: give the "
             f"data the tokenizer of the weights, --data.tokenizer {source}."
         )
     usual = StateZooConfig(**defaults)
-    for key in asked.keys() - {"mixers", "vocab_size"} - changed.keys():
+    for key in asked.keys() - {"mixers", "vocab_size"} - body.keys():
         default = None if key in ("bidirectional", "complement") else getattr(usual, key)
         _check_same(key, getattr(wanted, key), getattr(found, key), default, source)
 
@@ -172,7 +158,7 @@ def _listed(names: list[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def load_network(source: str | Path) -> Network:
+def load_network(source: str | Path) -> StateZooPreTrainedModel:
     """Return the network of a checkpoint, a Hub folder or a Hub name, of the class it was saved as.
 
     Raises:
@@ -191,20 +177,7 @@ def load_network(source: str | Path) -> Network:
     if not Path(source).exists() and str(source).count("/") != 1:
         raise ckpt.CheckpointError(f"there is no checkpoint or model folder {str(source)!r}.")
     with _no_progress_bars():
-        kind = _kind_of_folder(source)
-        if kind is StateZooForCausalLM:
-            return statezoo.load(source)  # which reads those of other libraries too
-        loaded: Network = kind.from_pretrained(str(source), use_safetensors=True)
-        return loaded
-
-
-def _kind_of_folder(source: str | Path) -> type[Network]:
-    """Return the class that a Hub folder's configuration names; that of causal models if none."""
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        return StateZooForCausalLM
-    config = StateZooConfig.get_config_dict(str(source))[0]
-    names = config.get("architectures") or []
-    return NETWORKS.get(next(iter(names), ""), StateZooForCausalLM)
+        return statezoo.load(source)
 
 
 @contextmanager
@@ -221,11 +194,15 @@ def _no_progress_bars() -> Iterator[None]:
 
 def _own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what transformers adds on writing and refuses or ignores on reading."""
-    return {k: v for k, v in config.items() if k not in ("transformers_version", "model_type", "architectures")}
+    return {
+        k: v
+        for k, v in config.items()
+        if k not in ("transformers_version", "model_type", "architectures")
+    }
 
 
 def export(
-    net: Network,
+    net: StateZooPreTrainedModel,
     folder: str | Path,
     tokenizer: Mapping[str, bytes] | None = None,
     extra: Mapping[str, Any] | None = None,

@@ -15,6 +15,9 @@ from statezoo.parser import nearest, underscored
 KEYWORDS = ("best", "last", "hpc", "registry")
 """What Lightning takes for ``ckpt_path`` besides paths."""
 
+OF_DATA = ("vocab_size", "complement", "class_names")
+"""Arguments of models that the command line takes from the data."""
+
 
 def prepare(arguments: Sequence[str]) -> list[str]:
     """Resolve names of configs and checkpoints, and take the model from a checkpoint.
@@ -164,10 +167,10 @@ def _names_model(options: _Options) -> bool:
 def model_of(checkpoint: str) -> dict[str, Any]:
     """Return class and arguments of the module that wrote a checkpoint.
 
-    The number of symbols is left to the data.
+    What symbols and classes there are is left to the data.
     """
     from statezoo.lightning_modules import checkpoint as ckpt
 
     content = ckpt.read(checkpoint)
-    given = {k: v for k, v in content["hyper_parameters"].items() if k != "vocab_size"}
+    given = {k: v for k, v in content["hyper_parameters"].items() if k not in OF_DATA}
     return {"class_path": ckpt.class_path(content, checkpoint), "init_args": given}

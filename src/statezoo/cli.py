@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import statezoo.datamodules as datamodules
 import statezoo.lightning_modules as lightning_modules
 from statezoo import arguments as args_
-from statezoo.lightning_modules import callbacks, checkpoint
+from statezoo.lightning_modules import callbacks, checkpoint, tables
 from statezoo.main import RUN
 from statezoo.parser import FriendlyErrors, fail
 
@@ -68,7 +68,7 @@ class Parser(FriendlyErrors, LightningArgumentParser):
         """Return names of classes where a class belongs, and of settings elsewhere."""
         last = where.rpartition(".")[2]
         if last == "model":
-            return lightning_modules.ARCHITECTURES
+            return [*lightning_modules.ARCHITECTURES, "MaskedLM", "SequenceClassifier"]
         base = {"data": LightningDataModule, "callbacks": Callback, "logger": Logger}.get(last)
         return super().known_words(where) if base is None else {c.__name__ for c in _below(base)}
 
@@ -114,7 +114,7 @@ class StateZooCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add our own groups, and let the data say how many symbols there are."""
+        """Add our own groups, and let the data say which symbols and classes there are."""
         parser.add_argument(
             "--vars", type=dict[str, Any], default={}, help="Values for ${vars.x} in configs."
         )
@@ -126,6 +126,31 @@ class StateZooCLI(LightningCLI):
         parser.link_arguments(
             "data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate"
         )
+        for key, find in (("complement", self.complement), ("class_names", self.class_names)):
+            parser.link_arguments(
+                "data", f"model.init_args.{key}", compute_fn=find, apply_on="instantiate"
+            )
+
+    def complement(self, data: LightningDataModule) -> list[int] | None:
+        """Complements of the data's symbols, if it knows them, else those of the checkpoint."""
+        return self._of_data(data, "complement")
+
+    def class_names(self, data: LightningDataModule) -> list[str] | None:
+        """Names of the data's classes, if it has any, else those of the checkpoint."""
+        return self._of_data(data, "class_names")
+
+    def _of_data(self, data: LightningDataModule, key: str) -> list[Any] | None:
+        found = getattr(data, key, None) or self.saved.get(key)
+        return list(found) if found else None
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> Any:
+        """Add what one subcommand alone has."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--out", type=str | None, help="CSV file; default predictions.csv in the run."
+            )
+        return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; a wrong interpolation is told like any other mistake."""
@@ -139,12 +164,18 @@ class StateZooCLI(LightningCLI):
             )
             parser.error(key)
 
+    def _checkpoint(self) -> str | None:
+        """Return the path of the checkpoint that was asked for."""
+        path: str | None = self.config[self.subcommand].get("ckpt_path")
+        return None if path in args_.KEYWORDS else path
+
     def _parse_ckpt_path(self) -> None:
         """Leave the settings as they were given; Lightning would let the checkpoint's win."""
 
     def before_instantiate_classes(self) -> None:
-        """Fill in how long to train and how often to validate."""
-        trainer = self.config[self.subcommand].trainer
+        """Fill in how long to train and how often to validate, and look into the checkpoint."""
+        path, trainer = self._checkpoint(), self.config[self.subcommand].trainer
+        self.saved = checkpoint.read(path).get("hyper_parameters", {}) if path else {}
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_STEPS
         if trainer.val_check_interval is None and trainer.check_val_every_n_epoch is None:
@@ -158,8 +189,8 @@ class StateZooCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Compare the checkpoint with the model before anything is read into it."""
         config, fits = self.config[self.subcommand], self.subcommand == "fit"
-        path, init = config.get("ckpt_path"), config.model.get("init_args") or {}
-        if path and path not in args_.KEYWORDS:
+        path, init = self._checkpoint(), config.model.get("init_args") or {}
+        if path:
             check_checkpoint(self.model, path)
             steps = checkpoint.read(path)["global_step"]
             if fits and 0 < config.trainer.max_steps <= steps:
@@ -167,7 +198,7 @@ class StateZooCLI(LightningCLI):
                     f"nothing to do: {path} has made its {steps} steps; "
                     "raise --trainer.max_steps to go on"
                 )
-        elif not (path or fits or init.get("pretrained")):
+        elif not (config.get("ckpt_path") or fits or init.get("pretrained")):
             log.warning("these are fresh weights: --ckpt_path RUN scores a trained model")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -193,9 +224,10 @@ class StateZooCLI(LightningCLI):
         given = list(given) if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             extra = []
-        extra += [callbacks.ValidateLast(), callbacks.LossCurve()]
+        extra += [callbacks.ValidateLast(), callbacks.LossCurve(), tables.ConfusionTable()]
         if self.subcommand == "predict":
-            extra.append(callbacks.WritePredictions())
+            self.predictions = tables.WritePredictions(self.config[self.subcommand].out)
+            extra.append(self.predictions)
         if config.get("enable_progress_bar") is not False:
             extra.append(callbacks.ProgressBar())
         config["callbacks"] = given
@@ -211,16 +243,19 @@ class StateZooCLI(LightningCLI):
         """Say where everything is."""
         folder = callbacks.run_folder(self.trainer)
         if self.trainer.is_global_zero and (folder / "last.ckpt").is_file():
-            sys.stdout.write(
-                f"wrote {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}\n"
-                f'try  statezoo generate --ckpt {folder} --prompt "..."\n'
+            generates = isinstance(self.model, lightning_modules.CausalLM)
+            hint = (
+                f'generate --ckpt {folder} --prompt "..."'
+                if generates
+                else f"predict --ckpt_path {folder} --data {type(self.datamodule).__name__}"
             )
+            written = ", ".join(sorted(file.name for file in folder.iterdir()))
+            sys.stdout.write(f"wrote {folder}: {written}\ntry  statezoo {hint}\n")
 
     def after_predict(self) -> None:
         """Say where the numbers are."""
-        for file in sorted(callbacks.run_folder(self.trainer).glob("predictions*.csv")):
-            if self.trainer.is_global_zero:
-                sys.stdout.write(f"wrote {file}\n")
+        if self.trainer.is_global_zero and self.predictions.path:
+            sys.stdout.write(f"wrote {self.predictions.path}\n")
 
 
 def check_checkpoint(model: LightningModule, path: str) -> None:
@@ -242,6 +277,13 @@ def check_checkpoint(model: LightningModule, path: str) -> None:
         raise checkpoint.CheckpointError(
             f"{path!r} has {symbols} symbols, the data {model.hparams['vocab_size']}: "
             f"--data.tokenizer {path} reads text as it was read then."
+        )
+    classes = content["hyper_parameters"].get("class_names")
+    if classes != model.hparams.get("class_names", classes):
+        raise checkpoint.CheckpointError(
+            f"{path!r} tells the classes {classes} apart, the data has "
+            f"{model.hparams['class_names']}: start a new run from the weights with "
+            "--model.pretrained."
         )
     for key, value in content["hyper_parameters"].items():
         if key not in ("optim", "pretrained", "backend") and model.hparams.get(key, value) != value:

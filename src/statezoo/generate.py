@@ -63,6 +63,11 @@ def continuations(
             f"0 and top_p in (0, 1]; got {max_new_tokens}, {n}, {temperature}, {top_k}, {top_p}."
         )
     net, tokenizer = load(source)
+    if not net.can_generate():
+        raise ValueError(
+            f"{source!r} is a {type(net).__name__}, which does not continue texts: generate needs "
+            "a causal model; statezoo predict applies the others to data."
+        )
     try:
         net = net.to(device).eval()
     except (RuntimeError, AssertionError) as error:
