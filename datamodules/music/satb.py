@@ -189,7 +189,8 @@ def _voices(piece: Piece, notes: Ids, start: Ids, stop: Ids) -> list[Any]:
     """Voice of each note; an array with one for each step where voices follow from pitch."""
     used = np.unique(notes[:, 4]).tolist()
     lines = [np.flatnonzero(notes[:, 4] == track) for track in used]
-    apart = all((start[line[1:]] >= stop[line[:-1]]).all() for line in lines)
+    ends = notes[:, 0] + notes[:, 1]
+    apart = all((notes[line[1:], 0] >= ends[line[:-1]]).all() for line in lines)
     if len(piece.tracks) == len(VOICES) and apart:
         names = tuple(track.name[:1].upper() for track in piece.tracks)
         if names == tuple(name[0] for name in VOICES):
