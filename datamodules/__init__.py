@@ -1,6 +1,7 @@
-"""Text, and later DNA and music, as batches of tokens; knows no model."""
+"""Text, DNA and music as batches of tokens; knows no model."""
 
 from statezoo.datamodules.batch import IGNORE, Batch
+from statezoo.datamodules.dna import DNA, LabelledDNA
 from statezoo.datamodules.text import Text
 
-__all__ = ["IGNORE", "Batch", "Text"]
+__all__ = ["DNA", "IGNORE", "Batch", "LabelledDNA", "Text"]

@@ -8,7 +8,7 @@ number of workers before and after.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,11 +16,26 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 from statezoo.datamodules.batch import Batch
-from statezoo.datamodules.packing import Windows
 
-__all__ = ["SeekableLoader"]
+__all__ = ["SeekableLoader", "Windows"]
 
 Index = tuple[int, list[int]]
+
+
+class Windows(Protocol):
+    """A split that is read in windows.
+
+    ``windows[shift, numbers]`` is the batch of these windows when the bounds of all of them are
+    moved by ``shift``, below ``size``; number -1 is a window without scored targets.
+    """
+
+    size: int
+
+    def __len__(self) -> int:
+        """Windows of an epoch."""
+
+    def __getitem__(self, index: Index) -> Batch:
+        """The batch of some windows."""
 
 
 class SeekableLoader:

@@ -286,10 +286,9 @@ def _token_text(entry: Any) -> str | None:
 
 def tokenizer_from_state(state: dict[str, str]) -> Tokenizer:
     """Rebuild a tokenizer from ``Tokenizer.state_dict()``."""
-    from statezoo.datamodules.dna.tokenizers import dna_tokenizer_from_state
+    from statezoo.datamodules.dna.tokenizers import dna_tokenizer_from_state as of_dna
 
-    found = dna_tokenizer_from_state(state)
-    if found is not None:
+    if (found := of_dna(state)) is not None:
         return found
     kind = json.loads(state.get(CONFIG_FILE, "{}")).get("statezoo_kind")
     if kind == Bytes.kind:
@@ -309,20 +308,14 @@ def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
     import torch
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    saved = (checkpoint.get(name, {}) for name in ("Text", "DNA", "LabelledDNA"))
-    state = next((entry["tokenizer"] for entry in saved if "tokenizer" in entry), None)
-    if state is None:
-        raise ValueError(
-            f"{path} holds no tokenizer: it was not made with the data modules Text, DNA or "
-            "LabelledDNA."
-        )
-    return tokenizer_from_state(state)
+    for name in ("Text", "DNA", "LabelledDNA"):
+        if state := checkpoint.get(name, {}).get("tokenizer"):
+            return tokenizer_from_state(state)
+    raise ValueError(f"{path} holds no tokenizer: it was not made with Text, DNA or LabelledDNA.")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
-    """Tokenizer from ``"bytes"``, a ``tokenizer.json``, a tokenizer folder, or a Hub name.
-
-    The checkpoint of a run, ``PATH.ckpt``, gives the tokenizer of that run.
+    """Tokenizer from ``"bytes"``, a ``tokenizer.json``, its folder, a run's .ckpt, or a Hub name.
 
     Raises:
         ValueError: If ``source`` is none of them.

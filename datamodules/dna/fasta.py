@@ -14,7 +14,7 @@ import os
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -247,20 +247,13 @@ class _File:
         begin = start - int(plain[first])
         return b"".join(parts)[begin : begin + stop - start]
 
-    def _stream(self) -> IO[bytes]:
-        packed = self._blocks is not None
-        return gzip.open(self._data, "rb") if packed else self._data.open("rb")  # type: ignore[return-value]
-
     def _expand(self, reason: str) -> None:
         """Write the sequences into the cache, each on one line, and read them from there."""
-        packed = self.path.open("rb").read(2) == b"\x1f\x8b"
-
         def write(folder: Path) -> None:
             log.info(f"expanding {self.path} into the cache ({reason})")
-            opened = gzip.open(self.path, "rb") if packed else self.path.open("rb")
             try:
-                with opened as source, (folder / "genome.fa").open("wb") as out:
-                    flatten(source, out, self.path)  # type: ignore[arg-type]
+                with _unpacked(self.path) as source, (folder / "genome.fa").open("wb") as out:
+                    flatten(source, out, self.path)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ValueError(_broken(self.path, error)) from error
 
@@ -282,7 +275,7 @@ class _File:
                 return read_index(file, self.path)
             why = f"is newer than its index {file}"
         try:
-            with self._stream() as stream:
+            with _unpacked(self._data) as stream:
                 contigs = build_index(stream, self.path)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(_broken(self.path, error)) from error
@@ -297,6 +290,13 @@ class _File:
             return contigs
         log.warning(f"{self.path} {why}, and neither its folder nor the cache can be written")
         return contigs
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    """The file from its beginning, unpacked if it is packed."""
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    return cast("IO[bytes]", gzip.open(path, "rb")) if packed else path.open("rb")
 
 
 def _read_all(file: IO[bytes], size: int) -> bytes:
