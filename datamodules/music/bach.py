@@ -16,7 +16,7 @@ import numpy as np
 from statezoo.datamodules.music.musicxml import read_musicxml, unpack
 from statezoo.datamodules.music.notes import TPQ, Piece, require
 
-__all__ = ["bach_folder", "four_parts", "fingerprint", "related"]
+__all__ = ["bach_folder", "fingerprint", "four_parts", "related"]
 
 WINDOW = 16  # quarters
 
