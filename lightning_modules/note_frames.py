@@ -32,7 +32,7 @@ class FrameNetwork(StateZooPreTrainedModel):
 
     Args:
         config: Sizes and parts; ``vocab_size`` is the number of notes.
-        dropout: Part of the output of mixers, channel mixers and last norm that training hides.
+        dropout: Part of the stream that training hides from the head.
         note_dropout: Part of the notes that training hides from the input.
     """
 
@@ -48,10 +48,6 @@ class FrameNetwork(StateZooPreTrainedModel):
         for part in (self.start, self.model.get_input_embeddings().weight):
             nn.init.normal_(part, std=EMBEDDING_STD)
         nn.init.constant_(self.notes.bias, RARE)
-        for block in self.model.layers:
-            for part in (block.mixer, block.channel):
-                if isinstance(part, nn.Module):
-                    part.register_forward_hook(self._hide)
 
     def forward(self, frames: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Any]:
         """Return logits of every frame given those before it, ``[B T N]``, and auxiliary values.
@@ -71,12 +67,6 @@ class FrameNetwork(StateZooPreTrainedModel):
         x = F.dropout(out.last_hidden_state, self.dropout, self.training)
         return self.notes(x), out.auxiliary or {}
 
-    def _hide(self, part: nn.Module, given: Any, output: Any) -> Any:
-        """Drop out what a part adds to the stream, not the state that it returns beside."""
-        if isinstance(output, tuple):
-            return (F.dropout(output[0], self.dropout, part.training), *output[1:])
-        return F.dropout(output, self.dropout, part.training)
-
 
 class NoteFrames(Task):
     """Say the notes of each frame of a piano roll from all frames before it.
@@ -91,7 +81,7 @@ class NoteFrames(Task):
         d_model: Width of the stream of frames.
         n_layers: Number of blocks.
         channel: Channel mixer, by name or as a mapping of a ``name`` and settings; null for none.
-        dropout: Part of what each block adds, and of what the head reads, that training hides.
+        dropout: Part of the stream that training hides from the head.
         note_dropout: Part of the notes that training hides from the input.
         optim: Optimiser and schedule.
 

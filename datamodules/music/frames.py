@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -12,10 +12,14 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.music.corpus import read_all, split_pieces
 from statezoo.datamodules.music.frame_baselines import frame_baselines
-from statezoo.datamodules.music.rolls import KEYS, Roll, read_splits, transposed
+from statezoo.datamodules.music.readers import music_source
+from statezoo.datamodules.music.rolls import KEYS, Roll, roll_of_piece, transposed
 
 __all__ = ["FrameBatch", "PianoFrames", "Rolls"]
+
+log = logging.getLogger(__name__)
 
 
 class FrameBatch(TypedDict):
@@ -81,11 +85,10 @@ class PianoFrames(LightningDataModule):
     are by file; transposition is for the training split alone.
 
     Args:
-        path: A public JSON file of frames with its own splits (``jsb_quarter_roll.json.gz``,
-            ``jsb-chorales-quarter.json``), or a file or folder of MIDI, MusicXML or ABC. Default:
+        path: A public JSON file of the JSB chorales with its own splits, such as
+            ``jsb-chorales-quarter.json``, or a file or folder of MIDI, MusicXML or ABC. Default:
             Bach's chorales that come with music21.
-        steps_per_quarter: Frames per quarter note that files of notes are read in; a JSON file
-            has frames already.
+        steps_per_quarter: Frames per quarter note.
         batch_size: Pieces per batch and process.
         transpose: Most semitones by which a piece of the training split is moved up or down, drawn
             anew each epoch; a piece that would leave the keyboard stays where it is.
@@ -192,11 +195,35 @@ class PianoFrames(LightningDataModule):
             )
 
     def _read(self) -> dict[str, list[Roll]]:
-        if self.path is not None and not Path(self.path).exists():
-            raise FileNotFoundError(f"PianoFrames found no file or folder {self.path!r}.")
-        if self.path is not None and self.path.endswith((".json", ".json.gz")):
-            return read_splits(self.path)
-        raise NotImplementedError
+        pieces = read_all(music_source(self.path))
+        rolls = [roll_of_piece(piece, self.steps_per_quarter) for piece in pieces]
+        labels = split_pieces(
+            np.array([len(roll) for roll in rolls]),
+            [row["split"] for row in pieces.about],
+            [row["group"] for row in pieces.about],
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+        )
+        if self._tells():
+            for row in pieces.skipped[:20]:
+                log.warning(f"skipped {row.name}: {row.reason}")
+            if len(pieces.skipped) > 20:
+                log.warning(f"skipped {len(pieces.skipped) - 20} more")
+        splits: dict[str, list[Roll]] = {"train": [], "val": [], "test": []}
+        for roll, label in zip(rolls, labels.tolist(), strict=True):
+            if len(roll):
+                splits[label].append(roll)
+        if not (splits["train"] and splits["val"]):
+            raise ValueError(
+                f"PianoFrames has {len(splits['train'])} pieces to train on and "
+                f"{len(splits['val'])} to validate on: add files."
+            )
+        return splits
+
+    def _tells(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.trainer is None or bool(self.trainer.is_global_zero)
 
     def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
         self.setup()
