@@ -300,11 +300,7 @@ def tokenizer_from_state(state: dict[str, str]) -> Tokenizer:
 
 
 def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
-    """The tokenizer that a data module left in a Lightning checkpoint.
-
-    Raises:
-        ValueError: If none did.
-    """
+    """The tokenizer that a data module left in a checkpoint; ValueError where none did."""
     import torch
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -10,7 +10,6 @@ import difflib
 import gzip
 import hashlib
 import logging
-import os
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -49,7 +48,7 @@ def is_fasta(path: Path) -> bool:
 class Genome:
     """Contigs of a FASTA file, or of all FASTA files in a folder, fetched piece by piece.
 
-    Pickles and forks: every process opens the files for itself when it first reads.
+    Holds no open file, so it pickles, forks and needs no closing.
 
     Args:
         path: FASTA, plain, gzip or bgzip, or a folder of these. Plain gzip cannot be read in
@@ -184,7 +183,6 @@ class _File:
         self.path = path
         self._data = path  # what is read: the file itself, or its expansion in the cache
         self._blocks: NDArray[np.int64] | None = None
-        self._opened: tuple[int, IO[bytes]] | None = None
         with path.open("rb") as file:
             head = file.read(18)
         if not head:
@@ -200,9 +198,6 @@ class _File:
             self._blocks = None
             self._expand(str(error))
             self.contigs = self._index()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_opened": None}
 
     def check(self) -> None:
         """Look at the first letters of the first contig."""
@@ -224,17 +219,12 @@ class _File:
         return letters
 
     def _read(self, start: int, stop: int) -> bytes:
-        """Bytes of the unpacked file."""
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), self._data.open("rb", buffering=0))
-        file = self._opened[1]
+        """Bytes of the unpacked file, which is opened each time: that costs microseconds."""
         if self._blocks is None:
-            file.seek(start)
-            return _read_all(file, stop - start)
+            return _bytes(self._data, start, stop)
         packed, plain = self._blocks
         first, last = np.searchsorted(plain, [start, stop - 1], side="right") - 1
-        file.seek(int(packed[first]))
-        raw = _read_all(file, int(packed[last + 1] - packed[first]))
+        raw = _bytes(self._data, int(packed[first]), int(packed[last + 1]))
         parts, at = [], 0
         for block in range(first, last + 1):
             size = int(packed[block + 1] - packed[block])
@@ -249,6 +239,7 @@ class _File:
 
     def _expand(self, reason: str) -> None:
         """Write the sequences into the cache, each on one line, and read them from there."""
+
         def write(folder: Path) -> None:
             log.info(f"expanding {self.path} into the cache ({reason})")
             try:
@@ -299,11 +290,12 @@ def _unpacked(path: Path) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(path, "rb")) if packed else path.open("rb")
 
 
-def _read_all(file: IO[bytes], size: int) -> bytes:
-    """``size`` bytes of an unbuffered file, or as many as there are."""
-    data = file.read(size)
-    while len(data) < size and (more := file.read(size - len(data))):
-        data += more
+def _bytes(path: Path, start: int, stop: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        data = file.read(stop - start)
+        while len(data) < stop - start and (more := file.read(stop - start - len(data))):
+            data += more
     return data
 
 

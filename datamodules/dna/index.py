@@ -188,7 +188,7 @@ class _Lines:
             self.line_bases = self.line_bytes - 1 - (before == b"\r")
         bases = len(piece) - len(ends) - piece.count(b"\r")
         blank = len(piece.translate(None, b" \t")) != len(piece)
-        if blank or (self.ended and bases) or (len(ends) and not self.line_bases):
+        if blank or (self.ended and bases):
             raise self._error()
         places = (self.regular + 1 + np.arange(len(ends))) * self.line_bytes
         odd = np.flatnonzero(self.bytes + ends + 1 != places)
@@ -205,7 +205,8 @@ class _Lines:
         """The finished entry."""
         if not self.line_bytes:  # one line, ended by the file
             return Contig(self.length, self.offset, self.length, self.length)
-        if not 0 <= self.length - self.regular * self.line_bases <= self.line_bases:
+        rest = self.length - self.regular * self.line_bases
+        if not (self.line_bases and 0 <= rest <= self.line_bases):
             raise self._error()
         return Contig(self.length, self.offset, self.line_bases, self.line_bytes)
 
