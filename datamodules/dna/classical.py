@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from statezoo.datamodules.dna.sequence import to_codes
 
-__all__ = ["Scores", "classical_baselines", "kmer_presence", "one_hot", "score"]
+__all__ = ["Scores", "classical_baselines", "kmer_presence", "one_hot", "require_sklearn", "score"]
 
 Split = tuple[list[bytes], NDArray[np.int64]]
 
@@ -30,6 +31,12 @@ class Scores(NamedTuple):
     accuracy: float
     mcc: float
     auc: float
+
+
+def require_sklearn() -> None:
+    """Raise ValueError, with the command that helps, where scikit-learn is absent."""
+    if find_spec("sklearn") is None:
+        raise ValueError('The classical baselines need scikit-learn: pip install "statezoo[dna]".')
 
 
 def one_hot(sequences: list[bytes]) -> NDArray[np.uint8]:
@@ -87,13 +94,10 @@ def classical_baselines(train: Split, test: Split, *, limit: int = 20_000) -> di
     Raises:
         ValueError: If scikit-learn is not installed, or a split is empty.
     """
-    try:
-        from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-        from sklearn.tree import DecisionTreeClassifier  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(
-            'The classical baselines need scikit-learn: pip install "statezoo[dna]".'
-        ) from error
+    require_sklearn()
+    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
+    from sklearn.tree import DecisionTreeClassifier  # type: ignore[import-untyped]
+
     (sequences, labels), (held_out, wanted) = train, test
     if not sequences or not held_out:
         raise ValueError(

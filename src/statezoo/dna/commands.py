@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from statezoo.dna.bench import bench
+
 __all__ = ["COMMANDS"]
 
 
@@ -208,4 +210,5 @@ COMMANDS: Mapping[str, Callable[..., Any]] = {
     "dna perplexity": perplexity,
     "dna generate": generate,
     "dna mutagenesis": mutagenesis,
+    "dna bench": bench,
 }
