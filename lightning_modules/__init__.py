@@ -12,6 +12,7 @@ from statezoo.lightning_modules.checkpoint import CheckpointError, load_checkpoi
 from statezoo.lightning_modules.classify import SequenceClassifier
 from statezoo.lightning_modules.masked_lm import MaskedLM
 from statezoo.lightning_modules.network import export, export_checkpoint, load_network
+from statezoo.lightning_modules.note_frames import NoteFrames
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import Task
 
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "Hybrid",
     "MaskedLM",
+    "NoteFrames",
     "Optim",
     "SequenceClassifier",
     "Task",

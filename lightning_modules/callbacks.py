@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
-from statezoo.lightning_modules.network import export, load_network
+from statezoo.lightning_modules.network import NETWORKS, export, load_network
 from statezoo.lightning_modules.task import Task
 
 log = logging.getLogger(__name__)
@@ -215,9 +215,9 @@ class ExportHub(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write, from the best checkpoint where there is one."""
-        if not isinstance(pl_module, Task) or _trying(trainer):
+        if not isinstance(pl_module, Task) or type(pl_module.net).__name__ not in NETWORKS:
             return
-        if not trainer.is_global_zero:
+        if _trying(trainer) or not trainer.is_global_zero:
             return
         target = run_folder(trainer) / self.folder
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")

@@ -42,6 +42,9 @@ TRAINER = {
     "use_distributed_sampler": False,
 }
 
+INNER = {"OneMixer", "TokenTask"}
+"""Names of models that are bases of others alone."""
+
 KINDS: dict[type, str] = {LightningModule: "model", LightningDataModule: "data"}
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -68,7 +71,7 @@ class Parser(FriendlyErrors, LightningArgumentParser):
         """Return names of classes where a class belongs, and of settings elsewhere."""
         last = where.rpartition(".")[2]
         if last == "model":
-            return [*lightning_modules.ARCHITECTURES, "MaskedLM", "SequenceClassifier"]
+            return {cls.__name__ for cls in _below(lightning_modules.Task)} - INNER
         base = {"data": LightningDataModule, "callbacks": Callback, "logger": Logger}.get(last)
         return super().known_words(where) if base is None else {c.__name__ for c in _below(base)}
 
