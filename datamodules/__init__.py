@@ -2,6 +2,7 @@
 
 from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.datamodules.dna import DNA, LabelledDNA
+from statezoo.datamodules.music.frames import PianoFrames
 from statezoo.datamodules.text import Text
 
-__all__ = ["DNA", "IGNORE", "Batch", "LabelledDNA", "Text"]
+__all__ = ["DNA", "IGNORE", "Batch", "LabelledDNA", "PianoFrames", "Text"]
