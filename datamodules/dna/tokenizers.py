@@ -159,6 +159,7 @@ class KMers(DNATokenizer):
             raise ValueError(f"KMers needs k from 2 to {_LARGEST_K}, got {k}.")
         self.k = self.bases_per_token = k
         self.vocab_size = SINGLE + 4**k
+        self._names = super()._symbols() + ["".join(word) for word in product("ACGT", repeat=k)]
         words = np.arange(4**k)
         other = sum((3 - (words >> 2 * i & 3)) << 2 * (k - 1 - i) for i in range(k))
         self.complement = [*Nucleotides.complement, *(SINGLE + other).tolist()]
@@ -185,7 +186,7 @@ class KMers(DNATokenizer):
         return ids.astype(self.dtype), np.diff(at, append=size).astype(np.uint32)
 
     def _symbols(self) -> list[str]:
-        return super()._symbols() + ["".join(word) for word in product("ACGT", repeat=self.k)]
+        return self._names
 
     def backend(self) -> Backend:
         """Words and single letters, cut by a pattern."""
