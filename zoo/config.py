@@ -1,7 +1,7 @@
 """The configuration of a model: plain data, strict about names and types."""
 
 from dataclasses import field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from transformers import PreTrainedConfig
 
@@ -130,7 +130,7 @@ class StateZooConfig(PreTrainedConfig):
         return {key: kind for key, kind in kinds if key not in ("model_type", "attribute_map")}
 
     def _check_labels(self) -> None:
-        named = self.id2label or {}
+        named = cast(dict[int, str], self.id2label or {})
         if sorted(named) != [*range(len(named))]:
             raise ValueError(f"id2label must name labels 0, 1, ... in turn, got {sorted(named)}.")
         inverse = {label: number for number, label in named.items()}

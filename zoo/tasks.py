@@ -203,7 +203,7 @@ class StateZooForSequenceClassification(StateZooPreTrainedModel):
         Raises:
             ValueError: If the labels do not fit the problem.
         """
-        kind = self.config.problem_type
+        kind: str | None = self.config.problem_type
         if kind is None:
             whole = not labels.is_floating_point()
             several = "single_label" if whole else "multi_label"
@@ -311,9 +311,10 @@ def with_head(
             f"{', '.join(sorted(lost))}."
         )
     for name, parameter in new.named_parameters():
-        parameter.data = parameter.data.to(fits[name].dtype if name in fits else net.dtype)
+        dtype = fits[name].dtype if name in fits else net.dtype
+        parameter.data = parameter.data.to(net.device, dtype)
     new.load_state_dict(fits, strict=False)
-    return new.to(net.device).train(net.training), Exchanged(dropped, missing)
+    return new.train(net.training), Exchanged(dropped, missing)
 
 
 TASKS: dict[str, type[StateZooPreTrainedModel]] = {
