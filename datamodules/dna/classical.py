@@ -42,7 +42,8 @@ def require_sklearn() -> None:
 def one_hot(sequences: list[bytes]) -> NDArray[np.uint8]:
     """``[n 4 T]``, flat: which base is at each place of sequences of one length; N is none."""
     codes = np.stack([to_codes(sequence) for sequence in sequences])
-    return (codes[:, :, None] == np.arange(4)).astype(np.uint8).reshape(len(codes), -1)
+    columns: NDArray[np.uint8] = (codes[:, :, None] == np.arange(4)).astype(np.uint8)
+    return columns.reshape(len(codes), -1)
 
 
 def kmer_presence(sequences: list[bytes], k: int = K) -> Any:

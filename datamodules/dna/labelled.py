@@ -364,7 +364,7 @@ class LabelledDNA(LightningDataModule):
     ) -> SeekableLoader:
         trainer = self.trainer
         return LengthLoader(
-            sequences,  # type: ignore[arg-type]  # has all that is asked of windows
+            sequences,
             self.batch_size,
             shuffle=shuffle,
             seed=self.seed,

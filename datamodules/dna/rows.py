@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -152,8 +153,7 @@ class Source(NamedTuple):
             raise ValueError(f"{place} is empty: it has no rows.")
         self._check_columns(first, place, label)
         name = next((key for key in NAMES if key in first), None)
-        number, record = 1, first
-        while record is not None:
+        for number, record in enumerate(chain([first], found), start=1):
             sequence, said = record.get(self.sequence_field), record.get("split") or split
             yield Row(
                 f"{place}, row {number}",
@@ -162,7 +162,6 @@ class Source(NamedTuple):
                 label_text(record[self.label_field]) if self.label_field in record else label,
                 split_name(str(said), place) if said else "",
             )
-            record, number = next(found, None), number + 1
 
     def _check_columns(self, first: dict[str, Any], place: str, label: str | None) -> None:
         needed = {"sequence_field": self.sequence_field}

@@ -343,7 +343,8 @@ def _codon_usage(rng: Generator) -> NDArray[np.float64]:
     for letter, percent in AMINO_ACIDS.items():
         synonyms = np.flatnonzero(letters == letter)
         usage[synonyms] = percent * rng.dirichlet(CODON_BIAS * third[synonyms])
-    return usage / usage.sum()
+    total: float = usage.sum()
+    return usage / total
 
 
 def _chain(rng: Generator, lengths: NDArray[np.int64]) -> Iterator[tuple[Codes, Bits]]:

@@ -7,6 +7,9 @@ import logging
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -305,23 +308,18 @@ def _classifier(data: Any, network: str, recipe: Recipe, pretrained: bool) -> An
     )
 
 
-class _quiet:
-    """Keeps Lightning's lines about devices and workers, and repeated ones of the data, away."""
-
-    NAMES = ("lightning.pytorch", "lightning.fabric", "statezoo.datamodules")
-
-    def __enter__(self) -> None:
-        import warnings
-
-        self._levels = {name: logging.getLogger(name).level for name in self.NAMES}
-        for name in self.NAMES:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*GPU available but.*"):
-            warnings.filterwarnings("ignore", message=message)
-
-    def __exit__(self, *error: object) -> None:
-        self._warnings.__exit__(*error)
-        for name, level in self._levels.items():
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep away Lightning's lines about devices, and those that the data has said before."""
+    names = ("lightning.pytorch", "lightning.fabric", "statezoo.datamodules")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*GPU available.*"):
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for name, level in levels.items():
             logging.getLogger(name).setLevel(level)
