@@ -70,7 +70,7 @@ def _read(genome: Genome, region: Region) -> tuple[Composition, list[Region]]:
         stop = min(start + _CHUNK, last)
         letters = genome.fetch(contig, start, stop)
         text = letters.tobytes()
-        check_letters(text, f"{genome.path}, contig {contig!r} from base {start + 1} on,")
+        check_letters(text, f"{genome.path}, contig {contig!r},", start)
         part = composition(text)
         total = total.plus(part)
         if not part.n and since is None:

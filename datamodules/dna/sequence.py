@@ -89,18 +89,19 @@ def composition(sequence: bytes) -> Composition:
     return Composition(upper + lower, lower, n, len(sequence) - upper - lower - n)
 
 
-def check_letters(sequence: bytes, where: str) -> None:
+def check_letters(sequence: bytes, where: str, first: int = 0) -> None:
     """Raise ValueError if ``sequence`` has letters that DNA does not have.
 
     Args:
         sequence: ASCII letters without line ends.
         where: Begins the message: file and contig.
+        first: Place of the first letter within the contig.
     """
     wrong = sequence.translate(None, _KNOWN)
     if not wrong:
         return
     letter = wrong[:1]
-    at = sequence.index(letter) + 1
+    at = first + sequence.index(letter) + 1
     shown = repr(letter.decode("latin-1"))
     if letter in b"Uu":
         hint = "this is RNA: write T for U, for example with seqkit seq --rna2dna"

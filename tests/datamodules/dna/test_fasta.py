@@ -139,8 +139,8 @@ def test_unknown_contig_names_the_nearest(tmp_path):
         with pytest.raises(ValueError) as error:  # noqa: PT011  # compared in full
             ask("scaffold_chr3")
         assert str(error.value) == (
-            f"{path} has no contig 'scaffold_chr3'; nearest is 'chr3' (7 contigs: chr1, chr2, chr3, "
-            "chr4, chr5, ...). Its names have a chr prefix; with and without were tried."
+            f"{path} has no contig 'scaffold_chr3'; nearest is 'chr3' (7 contigs: chr1, chr2, "
+            "chr3, chr4, chr5, ...). Its names have a chr prefix; with and without were tried."
         )
     plain = Genome(put(tmp_path, text({"1": "ACGT"}), "plain.fa"))
     with pytest.raises(ValueError, match=r"Its names have no chr prefix; with and without were"):
@@ -168,10 +168,10 @@ MISTAKES = {
     "names only": (b">a\n>b\n", "{} has 2 names but no sequence: add some."),
     "no name": (b">\nACGT\n", "{} has a '>' without a name: give every sequence one."),
     "twice": (b">a x\nAC\n>a y\nGT\n", "{} has two sequences named 'a': rename one of them."),
-    "protein": (b">p\nMKLVINGKTL\n", "{}, contig 'p', has 'L' at base 3, which is no letter of DNA; "
-                "this looks like protein: give the nucleotide sequence."),
-    "RNA": (b">r\nACGUU\n", "{}, contig 'r', has 'U' at base 4, which is no letter of DNA; this is "
-            "RNA: write T for U, for example with seqkit seq --rna2dna."),
+    "protein": (b">p\nMKLVINGKTL\n", "{}, contig 'p', has 'L' at base 3, which is no letter of "
+                "DNA; this looks like protein: give the nucleotide sequence."),
+    "RNA": (b">r\nACGUU\n", "{}, contig 'r', has 'U' at base 4, which is no letter of DNA; this "
+            "is RNA: write T for U, for example with seqkit seq --rna2dna."),
 }  # fmt: skip
 
 
