@@ -99,11 +99,10 @@ class MusicTokenizer(Tokenizer):
         """
         found = np.arange(self.vocab_size)
         if semitones:
-            for kind, ids in self._pitch_tokens().items():
+            for ids in self._pitch_tokens().values():
                 places = {int(self.pitch_of[i]): int(i) for i in ids}
                 for pitch, token in places.items():
                     found[token] = places.get(pitch + semitones, token)
-                del kind
         if velocity:
             self._change_velocity(found, velocity)
         if tempo != 1:

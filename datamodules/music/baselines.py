@@ -81,7 +81,8 @@ class Markov:
 
 def _frequencies(train: Sequence[Ids], vocab_size: int) -> Floats:
     counts = np.bincount(np.concatenate(list(train)), minlength=vocab_size) + 0.5
-    return counts / counts.sum()
+    found: Floats = counts / counts.sum()
+    return found
 
 
 def unigram_bits(train: Sequence[Ids], test: Sequence[Ids], vocab_size: int) -> float:

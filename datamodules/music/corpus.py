@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from statezoo.datamodules.packing import TokenFile
 
 __all__ = ["MusicTokens", "Pieces", "read_all", "split_pieces", "tokenize_all"]
 
-FORMAT = 1  # part of every key: raise it when readers or files change
+FORMAT = 2  # part of every key: raise it when readers or files change
 
 
 class Pieces:
@@ -27,12 +27,14 @@ class Pieces:
 
     Attributes:
         key: Hash that names the content.
-        about: For each piece its name, split, group, tracks, tempos, time signatures and length.
+        about: For each piece its name, split, group, tracks, time signatures, length and where
+            its notes and tempos are.
         skipped: What was left out.
     """
 
     def __init__(self, key: str, folder: Path) -> None:
         self.key, self._folder = key, folder
+        self._arrays: dict[str, NDArray[Any]] = {}
         content = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
         self.about: list[dict[str, Any]] = content["pieces"]
         self.skipped = [Skipped(*row) for row in content["skipped"]]
@@ -40,32 +42,31 @@ class Pieces:
     def __len__(self) -> int:
         return len(self.about)
 
+    def __iter__(self) -> Iterator[Piece]:
+        return (self[number] for number in range(len(self)))
+
     def __getitem__(self, number: int) -> Piece:
         row = self.about[number]
-        start, stop = row["notes"]
+        start, stop, first, last = row["range"]
         return Piece(
             tuple(TrackInfo(*track) for track in row["tracks"]),
-            self.notes[start:stop],
-            tuple((tick, qpm) for tick, qpm in row["tempos"]),
+            self._array("notes")[start:stop],
+            tuple((int(tick), qpm) for tick, qpm in self._array("tempos")[first:last].tolist()),
             tuple((a, b, c) for a, b, c in row["time_signatures"]),
             row["length"],
         )
 
-    @property
-    def notes(self) -> NDArray[np.int32]:
-        """``[N 5]`` the notes of all pieces."""
-        found: NDArray[np.int32] = np.load(self._folder / "notes.npy", mmap_mode="r")
-        return found
+    def _array(self, name: str) -> NDArray[Any]:
+        """Notes ``[N 5]`` or tempos ``[M 2]`` of all pieces."""
+        if name not in self._arrays:
+            self._arrays[name] = np.load(self._folder / f"{name}.npy", mmap_mode="r")
+        return self._arrays[name]
 
     @property
-    def instruments(self) -> int:
-        """How many different instruments play, drums being one."""
-        players = {
-            (drum, 0 if drum else program)
-            for row in self.about
-            for _, program, drum in row["tracks"]
-        }
-        return len(players)
+    def several_instruments(self) -> bool:
+        """Whether some piece has more than one, or drums."""
+        players = ({(drum, program) for _, program, drum in row["tracks"]} for row in self.about)
+        return any(len(found) > 1 or any(drum for drum, _ in found) for found in players)
 
 
 def read_all(source: MusicSource) -> Pieces:
@@ -80,15 +81,16 @@ def read_all(source: MusicSource) -> Pieces:
         skipped: list[Skipped] = []
         entries = list(source.entries(skipped))
         check_enough(source.name, len(entries), skipped)
+        tempos = [np.array(entry.piece.tempos).reshape(-1, 2) for entry in entries]
         ends = np.cumsum([0, *(len(entry.piece) for entry in entries)]).tolist()
+        changes = np.cumsum([0, *map(len, tempos)]).tolist()
         about = [
             {
                 "name": name,
                 "split": split,
                 "group": group,
-                "notes": [ends[n], ends[n + 1]],
+                "range": [ends[n], ends[n + 1], changes[n], changes[n + 1]],
                 "tracks": piece.tracks,
-                "tempos": piece.tempos,
                 "time_signatures": piece.time_signatures,
                 "length": piece.length,
             }
@@ -96,6 +98,7 @@ def read_all(source: MusicSource) -> Pieces:
         ]
         notes = np.concatenate([entry.piece.notes for entry in entries])
         np.save(folder / "notes.npy", notes.astype(np.int32))
+        np.save(folder / "tempos.npy", np.concatenate(tempos).astype(np.float64))
         text = json.dumps({"pieces": about, "skipped": skipped})
         (folder / "pieces.json").write_text(text, encoding="utf-8")
 
@@ -203,7 +206,8 @@ def split_pieces(
         names = sorted(free)
         order = [names[n] for n in np.random.default_rng(seed).permutation(len(names))]
         weight = {name: int(sizes[free[name]].sum()) for name in names}
-        taken, chosen = 0, []
+        taken = 0
+        chosen: list[str] = []
         for name in order:
             if taken + weight[name] <= 1.25 * fraction * total and len(chosen) + 1 < len(names):
                 chosen.append(name)

@@ -55,7 +55,8 @@ class Music(LightningDataModule):
             (beat-based MIDI events), ``performance`` (388 events in 10 ms steps), a folder with a
             saved tokenizer, or the .ckpt of an earlier run.
         encoding_settings: Settings of the tokenizer, such as ``{hold: true}`` for satb or
-            ``{velocities: 0}`` for remi. ``programs`` is on where several instruments play.
+            ``{velocities: 0}`` for remi. ``programs`` is on where a piece has several instruments
+            or drums.
         seq_len: Tokens per window; in ``pieces``, the longest part of a piece.
         batch_size: Windows or pieces per batch and process.
         packing: ``stream`` cuts the pieces, one after the other, into windows; ``pieces`` makes
@@ -116,7 +117,7 @@ class Music(LightningDataModule):
     def tokenizer(self) -> MusicTokenizer:
         """The tokenizer; beat-based ones ask the music whether to name instruments."""
         if self._tokenizer is None:
-            self._tokenizer = self._make_tokenizer(programs=self.pieces.instruments > 1)
+            self._tokenizer = self._make_tokenizer(programs=self.pieces.several_instruments)
         return self._tokenizer
 
     @property
@@ -247,8 +248,12 @@ class Music(LightningDataModule):
         return {name: value / units for name, value in bits.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokenizer, so that a checkpoint alone can read and write music."""
-        return {"tokenizer": self.tokenizer.state_dict()}
+        """What makes a checkpoint read and write music, and what music it was made with."""
+        return {
+            "tokenizer": self.tokenizer.state_dict(),
+            "path": self.path,
+            "transpose": list(self.transpose),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint was made with the same tokenizer.
@@ -328,7 +333,7 @@ class Music(LightningDataModule):
         self.setup()
         trainer = self.trainer
         loader = SeekableLoader(
-            self._windows[split],  # type: ignore[arg-type]  # whole pieces are indexed alike
+            self._windows[split],
             self.batch_size,
             shuffle=shuffle,
             seed=self.seed,

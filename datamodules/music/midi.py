@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from statezoo.datamodules.music.base import BOS, Ids, Mask, MusicTokenizer
-from statezoo.datamodules.music.notes import TPQ, Piece, TrackInfo, require
+from statezoo.datamodules.music.notes import TPQ, Piece, TrackInfo, quiet, require
 
 __all__ = ["KINDS", "MULTI_VOCABULARY", "MidiState", "MidiTokens"]
 
@@ -128,7 +128,8 @@ class MidiTokens(MusicTokenizer):
         plain = _miditok(KINDS[self.kind], self.programs, self.velocities, self.tempos, None)
         chars = {i: plain._vocab_base_id_to_byte[i] for i in range(len(self._base))}
         texts = ["".join(chars[i] for i in self.encode_piece(piece).tolist()) for piece in pieces]
-        plain.train(vocab_size=vocab_size, model="BPE", iterator=[[text] for text in texts])
+        with quiet():
+            plain.train(vocab_size=vocab_size, model="BPE", iterator=[[text] for text in texts])
         found = plain.to_dict()
         bpe = {key: found[key] for key in ("_vocab_base", "_model", "_vocab_base_byte_to_token")}
         return MidiTokens(
@@ -150,10 +151,10 @@ class MidiTokens(MusicTokenizer):
             raise ValueError("has nothing but drums, which need tokens with programs")
         players = [(t.is_drum, 0 if t.is_drum else t.program) for t in piece.tracks]
         players = players if self.programs else [(False, 0)] * len(players)
-        tracks = sorted(set(players))
-        notes[:, 4] = np.array([tracks.index(player) for player in players])[notes[:, 4]]
-        tracks = [TrackInfo("", program, drum) for drum, program in tracks]
-        merged = Piece(tuple(tracks), notes, piece.tempos, piece.time_signatures)
+        distinct = sorted(set(players))
+        notes[:, 4] = np.array([distinct.index(player) for player in players])[notes[:, 4]]
+        tracks = tuple(TrackInfo("", program, drum) for drum, program in distinct)
+        merged = Piece(tracks, notes, piece.tempos, piece.time_signatures)
         found = self._miditok.encode(merged.to_score())
         sequence = found if self.programs else found[0]
         return np.array(sequence.ids, dtype=np.int64)
@@ -170,7 +171,7 @@ class MidiTokens(MusicTokenizer):
         return Piece.from_score(self._decode(sequence))
 
     def _decode(self, ids: list[Any]) -> Any:
-        from miditok import TokSequence
+        from miditok import TokSequence  # type: ignore[import-untyped]
 
         rows = [ids] if self.programs else ids
         names = [TokSequence(tokens=[self._base[i] for i in row], ids=row) for row in rows]

@@ -162,7 +162,8 @@ def read_musicxml(data: bytes) -> Piece:
     ]
     starts = np.concatenate([[0.0], np.cumsum(lengths)]).tolist()
     infos = _players(root)
-    tracks, rows = [], []
+    tracks: list[TrackInfo] = []
+    rows: list[list[int]] = []
     for element, part in zip(root.findall("part"), parts, strict=True):
         found = part.rows(starts, len(tracks))
         if found:
@@ -196,7 +197,8 @@ def _meters(
 
     A bar that is cut in two, as at a repeat in its middle, stays one bar.
     """
-    meter, found = (4, 4), []
+    meter = (4, 4)
+    found: list[tuple[int, int, int]] = []
     halves = False
     for n, length in enumerate(lengths):
         written = next((p.meters[n] for p in parts if n < len(p.meters) and p.meters[n]), None)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from symusic import Score
+    from symusic.core import ScoreTick as Score
 
-__all__ = ["TPQ", "Piece", "TrackInfo", "require"]
+__all__ = ["TPQ", "Piece", "TrackInfo", "quiet", "require"]
 
 TPQ = 480
 """Ticks per quarter note."""
@@ -27,6 +29,22 @@ def require(module: str, purpose: str) -> None:
     """Raise ValueError, with the command that helps, where an optional package is absent."""
     if importlib.util.find_spec(module) is None:
         raise ValueError(f'{purpose} needs the package {module}: pip install "statezoo[music]".')
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what C code writes to the descriptors of output and error from the terminal."""
+    saved = [os.dup(number) for number in (1, 2)]
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        for number in (1, 2):
+            os.dup2(nothing, number)
+        yield
+    finally:
+        for number, copy in zip((1, 2), saved, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nothing)
 
 
 class TrackInfo(NamedTuple):
@@ -176,16 +194,17 @@ class Piece:
         rate = np.array([60 / (qpm * TPQ) for _, qpm in changes])  # seconds per tick
         begin = np.concatenate([[0.0], np.cumsum(np.diff(at) * rate[:-1])])
         part = np.searchsorted(at, ticks, side="right") - 1
-        return begin[part] + (ticks - at[part]) * rate[part]
+        found: NDArray[np.float64] = begin[part] + (ticks - at[part]) * rate[part]
+        return found
 
     def to_score(self) -> Score:
         """The piece as a ``symusic.Score`` of 480 ticks per quarter."""
         require("symusic", "Making MIDI")
         import symusic
 
-        score = symusic.Score(TPQ)
+        score: Any = symusic.Score(TPQ)
         for number, info in enumerate(self.tracks):
-            track = symusic.Track(name=info.name, program=info.program, is_drum=info.is_drum)
+            track: Any = symusic.Track(name=info.name, program=info.program, is_drum=info.is_drum)
             rows = self.notes[self.track == number]
             track.notes = symusic.Note.from_numpy(
                 time=rows[:, ONSET].astype(np.int32),
@@ -198,7 +217,7 @@ class Piece:
             score.tempos.append(symusic.Tempo(tick, qpm))
         for tick, numerator, denominator in self.time_signatures:
             score.time_signatures.append(symusic.TimeSignature(tick, numerator, denominator))
-        return score
+        return score  # type: ignore[no-any-return]
 
     @classmethod
     def from_score(cls, score: Score) -> Piece:
@@ -209,7 +228,8 @@ class Piece:
         tpq = score.ticks_per_quarter
 
         def scaled(ticks: NDArray[np.int64]) -> NDArray[np.int64]:
-            return (ticks * (2 * TPQ) + tpq) // (2 * tpq)  # to the nearest
+            nearest: NDArray[np.int64] = (ticks * (2 * TPQ) + tpq) // (2 * tpq)
+            return nearest
 
         tracks: list[TrackInfo] = []
         parts = [np.zeros((0, 5), dtype=np.int64)]
@@ -222,13 +242,13 @@ class Piece:
                 continue
             onset = columns["time"]
             begin, end = scaled(onset), scaled(onset + columns["duration"])
-            rows = (begin, np.maximum(end - begin, 1), columns["pitch"], columns["velocity"])
-            rows = (*rows, np.full(len(onset), len(tracks)))
+            size, number = np.maximum(end - begin, 1), np.full(len(onset), len(tracks))
+            rows = (begin, size, columns["pitch"], columns["velocity"], number)
             parts.append(np.stack(rows, axis=1)[sounds])
             tracks.append(TrackInfo(track.name, int(track.program), bool(track.is_drum)))
 
-        def tick(event: object) -> int:
-            return int(scaled(np.array(event.time, dtype=np.int64)))  # type: ignore[attr-defined]
+        def tick(event: Any) -> int:
+            return int(scaled(np.array(event.time, dtype=np.int64)))
 
         return cls(
             tuple(tracks),

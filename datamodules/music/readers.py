@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
-import json
-import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any
 
 from statezoo.datamodules.music.bach import bach_folder, fingerprint, four_parts, related
 from statezoo.datamodules.music.musicxml import read_musicxml, unpack
-from statezoo.datamodules.music.notes import TPQ, Piece, TrackInfo, require
-from statezoo.datamodules.music.satb import CHOIR, LOUDNESS, piece_from_grid
+from statezoo.datamodules.music.notes import Piece, quiet, require
+from statezoo.datamodules.music.sources import (
+    SPLIT_NAMES,
+    Chorales,
+    Entry,
+    MusicSource,
+    Skipped,
+    check_piece,
+    music_group,
+)
 
 __all__ = [
     "SUFFIXES",
@@ -33,49 +35,7 @@ __all__ = [
     "read_pieces",
 ]
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test",
-}  # fmt: skip
-TEMPOS = (5.0, 1000.0)
-LONGEST = 100_000  # quarters
 SAME_WORK, SAME_MUSIC = 0.9, 0.1  # shared windows
-
-
-class Entry(NamedTuple):
-    """One piece of a source.
-
-    Attributes:
-        name: File it is from, and its number there if it is one of several.
-        piece: The music.
-        split: ``train``, ``val``, ``test``, or empty where the place says nothing.
-        group: Pieces of one group are the same music, in any key.
-    """
-
-    name: str
-    piece: Piece
-    split: str
-    group: str
-
-
-class Skipped(NamedTuple):
-    """What was left out, and why."""
-
-    name: str
-    reason: str
-
-
-class MusicSource(Protocol):
-    """Something that yields pieces."""
-
-    name: str
-
-    def fingerprint(self) -> str:
-        """Hash of the content."""
-
-    def entries(self, skipped: list[Skipped]) -> Iterator[Entry]:
-        """Read all pieces, in a fixed order; add to ``skipped`` what is left out."""
 
 
 def read_piece(path: str | Path) -> Piece:
@@ -119,27 +79,11 @@ def read_pieces(path: Path, skipped: list[Skipped]) -> Iterator[tuple[str, Piece
         try:
             if isinstance(piece, ValueError):
                 raise piece
-            _check(piece)
+            check_piece(piece)
         except ValueError as error:
             skipped.append(Skipped(name, str(error)))
         else:
             yield name, piece
-
-
-def _check(piece: Piece) -> None:
-    """Raise ValueError where a piece cannot be music."""
-    if not len(piece):
-        raise ValueError("no notes of more than zero length")
-    low, high = TEMPOS
-    strange = [qpm for _, qpm in piece.tempos if not low <= qpm <= high]
-    if strange:
-        raise ValueError(
-            f"absurd tempo of {strange[0]:g} quarters per minute, outside {low:g} to {high:g}"
-        )
-    if piece.length > LONGEST * TPQ:
-        raise ValueError(f"lasts {piece.length // TPQ} quarters, more than {LONGEST}")
-    if piece.onset.min() < 0:
-        raise ValueError("a note begins before the piece does")
 
 
 def _midi(data: bytes) -> list[Piece]:
@@ -174,28 +118,12 @@ def _abc(data: bytes) -> list[Any]:
     found: list[Any] = []
     for tune in tunes:
         try:
-            with _quiet():
+            with quiet():
                 score = symusic.Score.from_abc(tune.strip() + "\n")
             found.append(Piece.from_score(score))
         except (RuntimeError, ValueError) as error:
             found.append(ValueError(f"not ABC ({error})"))
     return found
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what C code writes to the descriptors of output and error from the terminal."""
-    saved = [os.dup(number) for number in (1, 2)]
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        for number in (1, 2):
-            os.dup2(nothing, number)
-        yield
-    finally:
-        for number, copy in zip((1, 2), saved, strict=True):
-            os.dup2(copy, number)
-            os.close(copy)
-        os.close(nothing)
 
 
 SUFFIXES: dict[str, Callable[[bytes], list[Any]]] = {
@@ -207,15 +135,6 @@ SUFFIXES: dict[str, Callable[[bytes], list[Any]]] = {
     ".abc": _abc,
 }
 """Endings of the files that are read, with the reader of each."""
-
-
-def _group(piece: Piece) -> str:
-    """Hash that is the same for the same notes in another key."""
-    notes = piece.notes[:, :3].copy()
-    notes[:, 0] -= notes[0, 0]
-    melodic = ~piece.drums
-    notes[melodic, 2] -= notes[melodic, 2].max(initial=0)
-    return hashlib.blake2b(notes.tobytes(), digest_size=8).hexdigest()
 
 
 class MusicFiles:
@@ -263,7 +182,7 @@ class MusicFiles:
                 skipped.append(Skipped(str(file), "not in the folder's list of splits"))
                 continue
             for name, piece in read_pieces(file, skipped):
-                yield Entry(name, piece, split, _group(piece))
+                yield Entry(name, piece, split, music_group(piece))
 
     def _split(self, file: Path) -> str | None:
         """What the list, or the sub-folder, says; None for a file that a list leaves out."""
@@ -304,75 +223,6 @@ def _listed_splits(folder: Path) -> dict[str, str]:
             found[(row[column] or "").strip()] = split
         return found
     return {}
-
-
-class Chorales:
-    """The public JSON of the JSB chorales: splits, each a list of pieces, each a list of frames.
-
-    A frame is either the pitches of soprano, alto, tenor and bass, -1 for silence, or the set of
-    pitches that sound. A step is a sixteenth, or what the file's name says: quarter or 8th.
-
-    Args:
-        path: A .json or .json.gz.
-
-    Raises:
-        ValueError: If it is no such file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name = path, str(path)
-        data = path.read_bytes()
-        self.digest = hashlib.sha256(data + path.name.encode()).hexdigest()
-        try:
-            text = gzip.decompress(data) if path.name.endswith(".gz") else data
-            content = json.loads(text)
-        except (OSError, EOFError, ValueError) as error:
-            raise ValueError(f"{path} is not JSON ({error}).") from error
-        known = isinstance(content, dict) and content.keys() & SPLIT_NAMES.keys()
-        if not known:
-            raise ValueError(
-                f"{path} is not a list of chorales: it needs train, valid and test, each a list "
-                "of pieces, each a list of frames."
-            )
-        self.pieces = {name: list(content[name]) for name in content if name in SPLIT_NAMES}
-        name = path.name.lower()
-        self.step = TPQ if "quarter" in name else TPQ // 2 if "8th" in name else TPQ // 4
-
-    def fingerprint(self) -> str:
-        """Hash of content and name."""
-        return self.digest
-
-    def entries(self, skipped: list[Skipped]) -> Iterator[Entry]:
-        """All pieces, in the order of the file."""
-        frames = [frame for pieces in self.pieces.values() for piece in pieces for frame in piece]
-        voices = all(isinstance(frame, list) and len(frame) == 4 for frame in frames)
-        for name, pieces in self.pieces.items():
-            for number, rows in enumerate(pieces):
-                where = f"{self.path}#{name}{number}"
-                try:
-                    piece = self._voices(rows) if voices else self._roll(rows)
-                    _check(piece)
-                except (TypeError, ValueError) as error:
-                    skipped.append(Skipped(where, str(error)))
-                    continue
-                yield Entry(where, piece, SPLIT_NAMES[name], _group(piece))
-
-    def _voices(self, frames: list[list[int]]) -> Piece:
-        return piece_from_grid(np.array(frames, dtype=np.int64).reshape(-1, 4), step=self.step)
-
-    def _roll(self, frames: list[list[int]]) -> Piece:
-        roll = np.zeros((len(frames) + 1, 128), dtype=np.int8)
-        for time, pitches in enumerate(frames):
-            keys = np.array(pitches, dtype=np.int64)
-            if ((keys < 0) | (keys > 127)).any():
-                raise ValueError(f"a pitch outside 0 to 127 in frame {time}")
-            roll[time, keys] = 1
-        change = np.diff(roll, axis=0, prepend=0)
-        pitch, start = np.nonzero(change.T == 1)
-        _, stop = np.nonzero(change.T == -1)
-        size, fixed = (stop - start) * self.step, np.full(len(start), LOUDNESS)
-        notes = np.stack([start * self.step, size, pitch, fixed, np.zeros_like(start)], axis=1)
-        return Piece((TrackInfo("Choir", CHOIR),), notes, length=len(frames) * self.step)
 
 
 class Bach:

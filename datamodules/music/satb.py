@@ -53,22 +53,22 @@ class SatbState(NamedTuple):
     """Where a grid stands.
 
     Attributes:
-        count: Tokens so far; the next belongs to voice ``count % 4``.
+        written: Tokens so far; the next belongs to voice ``written % 4``.
         sounding: Whether each voice had a pitch in its last token.
     """
 
-    count: int = 0
+    written: int = 0
     sounding: tuple[bool, bool, bool, bool] = (False, False, False, False)
 
     @property
     def tick(self) -> int:
         """Begin of the step that the next token belongs to."""
-        return self.count // len(VOICES) * STEP
+        return self.written // len(VOICES) * STEP
 
     @property
     def voice(self) -> int:
         """Voice of the next token, 0 for soprano."""
-        return self.count % len(VOICES)
+        return self.written % len(VOICES)
 
 
 class SatbGrid(MusicTokenizer):
@@ -101,7 +101,7 @@ class SatbGrid(MusicTokenizer):
         self.vocab_size = len(self.names)
         self.pitch_of = np.full(self.vocab_size, -1)
         self.pitch_of[1 : 1 + len(pitches)] = pitches
-        self.counts = np.ones(self.vocab_size, dtype=np.int64)
+        self.writtens = np.ones(self.vocab_size, dtype=np.int64)
 
     def settings(self) -> dict[str, Any]:
         """Arguments that rebuild it."""
@@ -174,7 +174,7 @@ class SatbGrid(MusicTokenizer):
             return state
         sounding = list(state.sounding)
         sounding[state.voice] = token != 0 and (token != self.hold_id or sounding[state.voice])
-        return SatbState(state.count + 1, tuple(sounding))  # type: ignore[arg-type]
+        return SatbState(state.written + 1, tuple(sounding))  # type: ignore[arg-type]
 
     def allowed(self, state: SatbState) -> Mask:
         """All but BOS; hold only where the voice sounds."""
@@ -194,7 +194,7 @@ def _voices(piece: Piece, notes: Ids, start: Ids, stop: Ids) -> list[Any]:
     if len(piece.tracks) == len(VOICES) and apart:
         names = tuple(track.name[:1].upper() for track in piece.tracks)
         if names == tuple(name[0] for name in VOICES):
-            return notes[:, 4].tolist()
+            return list(notes[:, 4].tolist())
         if len(used) == len(VOICES):
             height = [-notes[line, 2].mean() for line in lines]
             place = {used[track]: voice for voice, track in enumerate(np.argsort(height).tolist())}

@@ -64,14 +64,14 @@ class Augmentation:
         moved = tokenizer.pitch_of[tokenizer.pitch_of >= 0]
         self.lowest, self.highest = moved.min(initial=127), moved.max(initial=0)
         self.tokenizer = tokenizer
-        self._table = cache(tokenizer.table)
+        self._table: Callable[..., Ids] = cache(tokenizer.table)
 
     def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k != "_table"}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._table: Callable[..., Ids] = cache(self.tokenizer.table)
+        self._table = cache(self.tokenizer.table)
 
     def draw(self, epoch: int, piece: int, pitches: NDArray[np.int64]) -> tuple[int, int, float]:
         """Semitones, velocity and tempo of a piece in an epoch."""
