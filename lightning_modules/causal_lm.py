@@ -93,5 +93,5 @@ class CausalLM(TokenTask):
 
 def defaults(task: type) -> Mapping[str, Any]:
     """Return the defaults of a task's arguments that describe its network's shape."""
-    arguments = inspect.signature(task.__init__).parameters
+    arguments = inspect.signature(task).parameters
     return {key: arguments[key].default for key in SHAPE if key in arguments}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchmetrics import Metric
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -114,7 +115,7 @@ class SequenceClassifier(Task):
             defaults(SequenceClassifier),
         )
         super().__init__(net, optim, pretrained)
-        self.class_names = [net.config.id2label[i] for i in range(net.num_labels)]
+        self.class_names = [str(name) for name in dict(net.config.id2label or {}).values()]
         self.reverse_complement, self.complement = treatment_of(
             reverse_complement, complement, net.config.complement
         )
@@ -126,7 +127,7 @@ class SequenceClassifier(Task):
     def _make_metrics(self, n: int) -> None:
         stages = ("val", "test")
         self.nll = nn.ModuleDict({stage: PerCount() for stage in stages})
-        kinds = {
+        kinds: dict[str, Callable[[], Metric]] = {
             "accuracy": lambda: MulticlassAccuracy(n, average="micro", ignore_index=IGNORE),
             "mcc": lambda: Matthews(n, ignore_index=IGNORE),
             "auroc": lambda: MulticlassAUROC(n, ignore_index=IGNORE),

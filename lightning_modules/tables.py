@@ -48,7 +48,7 @@ class WritePredictions(Callback):
         if not isinstance(outputs, dict):
             return
         if "probabilities" in outputs:
-            names = pl_module.class_names
+            names: Any = pl_module.class_names
             header = ["id", *(["label"] if "labels" in batch else []), "predicted"]
             rows = _class_rows(outputs["probabilities"], batch, names, self._count)
             self._write(trainer, [*header, *(f"p_{name}" for name in names)], rows)
