@@ -101,7 +101,7 @@ class SatbGrid(MusicTokenizer):
         self.vocab_size = len(self.names)
         self.pitch_of = np.full(self.vocab_size, -1)
         self.pitch_of[1 : 1 + len(pitches)] = pitches
-        self.writtens = np.ones(self.vocab_size, dtype=np.int64)
+        self.counts = np.ones(self.vocab_size, dtype=np.int64)
 
     def settings(self) -> dict[str, Any]:
         """Arguments that rebuild it."""
