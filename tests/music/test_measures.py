@@ -116,7 +116,10 @@ def random_sheets(n, seed=0):
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(n):
-        bar = [(int(on), 2, int(p)) for on, p in zip(range(0, 16, 4), rng.integers(55, 75, 4), strict=True)]
+        bar = [
+            (int(on), 2, int(p))
+            for on, p in zip(range(0, 16, 4), rng.integers(55, 75, 4), strict=True)
+        ]
         found.append(sheet(*bars(*[bar] * 6)))
     return found
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from statezoo.music.bench import bench
+from statezoo.music.evaluate import evaluate
+
 __all__ = ["COMMANDS"]
 
-COMMANDS: dict[str, Callable[..., None]] = {}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "music bench": bench,
+    "music evaluate": evaluate,
+}

@@ -7,10 +7,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from statezoo.listing import aligned
-from statezoo.music.measures import HISTOGRAMS, SCALARS, Sheet, compare, pitch_classes, sheet
+
+if TYPE_CHECKING:
+    from statezoo.music.measures import Sheet
 
 __all__ = ["evaluate"]
 
@@ -39,6 +41,8 @@ def evaluate(*, generated: str, reference: str, out: str = "metrics.json", seed:
         ValueError: If one of them holds no usable music; says why.
         FileNotFoundError: If one of them does not exist.
     """
+    from statezoo.music.measures import compare, pitch_classes
+
     target = Path(out)
     if target.suffix != ".json":
         raise ValueError(f"out must end in .json, got {out!r}.")
@@ -78,6 +82,7 @@ def read(path: str, role: str) -> tuple[list[Sheet], dict[str, str]]:
         FileNotFoundError: If there is no such place.
     """
     from statezoo.datamodules.music.readers import Skipped, music_source
+    from statezoo.music.measures import sheet
 
     skipped: list[Skipped] = []
     pieces = [sheet(entry.piece) for entry in music_source(path).entries(skipped)]
@@ -104,6 +109,8 @@ def counts(pieces: Sequence[Sheet]) -> dict[str, int]:
 
 def table(report: Mapping[str, Any]) -> str:
     """Lay out the measures, a row each."""
+    from statezoo.music.measures import HISTOGRAMS, SCALARS
+
     found: Measures = report["measures"]
     lines = []
     for name in ("generated", "reference"):
@@ -159,6 +166,8 @@ def draw(report: Mapping[str, Any], target: Path) -> None:
     require("matplotlib", "Drawing the measures")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from statezoo.music.measures import HISTOGRAMS
 
     found: Measures = report["measures"]
     columns = 4
