@@ -39,7 +39,7 @@ def piece_from_grid(
         if struck is not None:
             new |= struck[:, voice]
         starts = np.flatnonzero(new)
-        ends = np.append(starts[1:], len(line))
+        ends = np.append(starts, len(line))[1:]
         for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
             if line[start] >= 0:
                 size = (end - start) * step
