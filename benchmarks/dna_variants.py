@@ -55,12 +55,14 @@ def make_jobs(window: int, alternates: int, variants: int, seed: int) -> list[Jo
 
 
 def seconds(run, *arguments) -> float:
+    """Time one call."""
     start = time.perf_counter()
     run(*arguments)
     return time.perf_counter() - start
 
 
 def measure(arguments: argparse.Namespace) -> list[dict]:
+    """Compare both ways for one alternate and for three."""
     torch.manual_seed(0)
     config = zoo.StateZooConfig(
         vocab_size=8, d_model=arguments.d_model, n_layers=arguments.n_layers,
@@ -88,6 +90,7 @@ def measure(arguments: argparse.Namespace) -> list[dict]:
 
 
 def main(given: list[str] | None = None) -> None:
+    """Print a line for each number of alternates."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mixers", default="gla", help="name, or JSON list, cycled over layers")
     parser.add_argument("--d-model", type=int, default=128)

@@ -148,6 +148,8 @@ def command_parser(run: Callable[..., Any], program: str) -> ArgumentParser:
     parser = FriendlyErrors(prog=program, description=text.short_description, exit_on_error=True)
     for name, parameter in inspect.signature(run, eval_str=True).parameters.items():
         about: dict[str, Any] = {"type": parameter.annotation, "help": helps.get(name)}
+        if parameter.annotation is bool:
+            about |= {"nargs": "?", "const": True}  # --png is --png true
         if parameter.kind is parameter.VAR_POSITIONAL:
             parser.add_argument(name, nargs="+", **about)
         elif parameter.kind is parameter.KEYWORD_ONLY:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from pyarrow import parquet
+from tests.dna.conftest import FAMILIES, make_model, write_fasta
 
 from statezoo.datamodules.dna.sequence import reverse_complement
 from statezoo.dna import embed, embedding
 from statezoo.main import main
-from tests.dna.conftest import FAMILIES, make_model, write_fasta
 
 IDS = dict(zip("ACGTN", range(3, 8), strict=True))
 POOLS = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}

@@ -1,15 +1,16 @@
 """Saturation mutagenesis against every mutant scored on its own."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tests.dna.conftest import FAMILIES, make_model, write_fasta
 
 from statezoo.datamodules.dna.sequence import reverse_complement
 from statezoo.dna import mutagenesis
 from statezoo.main import main
-from tests.dna.conftest import FAMILIES, make_model, write_fasta
 
 IDS = dict(zip("ACGTN", range(3, 8), strict=True))
 TEXT = "ACGTTGCANGATTACAGG"
@@ -44,8 +45,9 @@ def fasta(tmp_path):
     return write_fasta(tmp_path / "s.fa", {"one": TEXT, "two/x": TEXT[::-1].lower()[:12]})
 
 
-@pytest.mark.parametrize("rc", ["none", "average"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "rc"), [("gla", "none"), *((family, "average") for family in FAMILIES)]
+)
 def test_causal_cells_are_ratios_of_whole_sequences(tmp_path, fasta, family, rc):
     model, out = make_model(family=family), tmp_path / "ism.csv"
     found = mutagenesis(model, out, fasta=fasta, rc=rc, batch_size=21)
@@ -118,7 +120,7 @@ def test_resumed_output_is_the_same_and_every_record_has_its_picture(tmp_path, f
         assert mutagenesis(model, out, fasta=fasta, batch_size=12, rc="average") == found
         assert out.read_bytes() == whole
     assert found["pictures"] == [str(tmp_path / f"ism.{x}.png") for x in ("one", "two_x")]
-    assert all(open(x, "rb").read(4) == b"\x89PNG" for x in found["pictures"])
+    assert all(Path(x).read_bytes()[:4] == b"\x89PNG" for x in found["pictures"])
 
 
 def test_command(tmp_path, genome, saved, capsys):

@@ -1,6 +1,7 @@
 """Outputs go on after a kill and give the same bytes; foreign files stay as they are."""
 
 import gzip
+from itertools import chain
 
 import pytest
 
@@ -30,8 +31,8 @@ def test_what_was_cut_off_anywhere_gives_the_same_bytes(tmp_path, name):
     path = tmp_path / name
     write(path)
     whole = path.read_bytes()
-    text = gzip.open(path).read() if name.endswith("gz") else whole
-    assert text.decode().splitlines() == ["#one", "#two", *sum(BATCHES, [])]
+    text = gzip.decompress(whole) if name.endswith("gz") else whole
+    assert text.decode().splitlines() == ["#one", "#two", *chain.from_iterable(BATCHES)]
     assert write(path) is None
     for size in (0, 1, 6, 20, len(whole) // 2, len(whole) - 30, len(whole) - 1):
         path.write_bytes(whole[:size])

@@ -4,12 +4,12 @@ import gzip
 
 import pytest
 import torch
+from tests.dna.conftest import make_model
 
 from statezoo.datamodules.dna.tokenizers import KMers
 from statezoo.dna import Model, generate
 from statezoo.main import main
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
-from tests.dna.conftest import make_model
 
 IDS = dict(zip("ACGTN", range(3, 8), strict=True))
 

@@ -5,13 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.dna.conftest import FAMILIES, make_model, write_fasta
 
 from statezoo.datamodules.dna.sequence import reverse_complement
-from statezoo.dna import nll, perplexity
-from statezoo.dna import scoring
+from statezoo.dna import nll, perplexity, scoring
 from statezoo.dna.tracks import read_bedgraph
 from statezoo.main import main
-from tests.dna.conftest import FAMILIES, make_model, write_fasta
 
 IDS = dict(zip("ACGTN", range(3, 8), strict=True))
 
@@ -94,7 +93,7 @@ def test_regions_keep_the_context_before_them(tmp_path, genome):
 
 
 def test_bins_average_scored_bases(tmp_path, genome):
-    model, (fasta, contigs) = make_model(), genome
+    model, (fasta, _) = make_model(), genome
     for name, bin in (("one", 1), ("ten", 10)):
         perplexity(model, fasta, tmp_path / name, window=400, stride=200, bin=bin, unit="bits")
     single = {(c, a): v for c, a, _, v in read_bedgraph(tmp_path / "one")}
@@ -127,7 +126,7 @@ def test_resumed_output_is_the_same(tmp_path, genome, suffix):
 def test_command(tmp_path, genome, saved, capsys):
     out = tmp_path / "nll.bedGraph"
     command = ["dna", "perplexity", "--model", saved(), "--genome", str(genome[0]), "--window=512"]
-    main([*command, "--stride", "256", "--out", str(out), "--png", "true"])
+    main([*command, "--stride", "256", "--out", str(out), "--png"])
     said = capsys.readouterr().out
     assert "bits/base over 2,269 A, C, G and T (60 of them soft-masked); not scored: 30 N" in said
     assert f"wrote {out}.png" in said

@@ -5,11 +5,14 @@ import math
 
 import pytest
 import torch
+from tests.dna.conftest import FAMILIES, make_model
 
 from statezoo.datamodules.dna.sequence import reverse_complement
+from statezoo.datamodules.dna.tokenizers import KMers
+from statezoo.datamodules.tokenizers import Bytes
 from statezoo.dna import score_variants
 from statezoo.main import main
-from tests.dna.conftest import FAMILIES, make_model
+from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
 HEADER = (
     "##fileformat=VCFv4.3\n##contig=<ID=chr1>\n"
@@ -99,7 +102,8 @@ def test_every_variant_against_whole_sequences(tmp_path, genome, vcf, family):
     model, (fasta, contigs), (path, rows) = make_model("causal", family), genome, vcf
     out = tmp_path / "scored.vcf"
     found = score_variants(model, path, fasta, out, window=300, rc="average", batch_size=3)
-    assert found == {"records": 20, "alternates": 23, "scored": 14, "skipped": REASONS}
+    counts = {"records": 20, "alternates": 23, "scored": 14, "renamed": 2}
+    assert found == counts | {"skipped": REASONS}
     compared, largest = 0, 0.0
     for (chrom, pos, ref, alts), info in zip(rows, read_info(out), strict=True):
         assert info["AC"] == "1"
@@ -229,6 +233,7 @@ def test_command_scores_a_gzip_file_and_says_what_it_skipped(tmp_path, genome, v
     main(command)
     said = capsys.readouterr().out
     assert "14 of 23 alternates in 20 records scored (LLR, nats)" in said
+    assert "  2 records name their contig otherwise than the genome" in said
     assert "  1 REF_MISMATCH: REF is not what the genome has there" in said
     text = (tmp_path / "s.vcf").read_text()
     assert text.count("##INFO=<ID=LLR,Number=A,Type=Float") == 1
@@ -275,27 +280,19 @@ def test_mistakes_are_told(tmp_path, genome, saved, capsys, text, changes, messa
     assert not (tmp_path / "o.vcf").exists()
 
 
-def test_models_that_cannot_answer_are_refused(tmp_path, genome, vcf, saved, capsys):
-    from statezoo.datamodules.dna.tokenizers import KMers
-    from statezoo.datamodules.tokenizers import Bytes
-    from tests.dna.conftest import make_net
-
+def test_models_that_cannot_answer_are_refused(tmp_path, genome):
     given = corrupted(tmp_path, genome[0], "m.vcf", GOOD)
     for tokenizer, size, message in (
         (Bytes(), 256, "was made with Text (bytes): train one with statezoo fit --data DNA"),
         (KMers(2), 24, "reads kmers tokens, which have no likelihood per base"),
     ):
         folder = tmp_path / tokenizer.kind
-        from statezoo.zoo import StateZooConfig, StateZooForCausalLM
-
-        StateZooForCausalLM(
-            StateZooConfig(vocab_size=size, d_model=16, n_layers=1)
-        ).save_pretrained(folder)
+        config = StateZooConfig(vocab_size=size, d_model=16, n_layers=1)
+        StateZooForCausalLM(config).save_pretrained(folder)
         tokenizer.save(folder)
         with pytest.raises(ValueError, match="score-variants needs a model") as error:
             score_variants(str(folder), given["vcf"], given["genome"], given["out"])
         assert message in str(error.value)
-    assert make_net("classifier", num_labels=2) is not None
     model = make_model("classifier", num_labels=2)
     with pytest.raises(ValueError, match="needs a causal or masked model; the model is a class"):
         score_variants(model, given["vcf"], given["genome"], given["out"])

@@ -6,7 +6,7 @@ imported when one of them is first asked for.
 Example:
     >>> from statezoo.dna import score_variants
     >>> score_variants("runs/gla-dna", "variants.vcf", "genome.fa", "scored.vcf", window=8192)
-    {'records': 20, 'alternates': 23, 'scored': 15, 'skipped': {...}}
+    {'records': 20, 'alternates': 23, 'scored': 14, 'renamed': 2, 'skipped': {...}}
 """
 
 from __future__ import annotations

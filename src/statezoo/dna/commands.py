@@ -43,6 +43,10 @@ def score_variants(
         f"{found['scored']} of {found['alternates']} alternates in {found['records']} records "
         "scored (LLR, nats)"
     )
+    if found["renamed"]:
+        _say(
+            f"  {found['renamed']} records name their contig otherwise than the genome (chr or not)"
+        )
     for reason, n in found["skipped"].items():
         _say(f"  {n} {reason}: {SKIPPED[reason]}")
     _say(f"wrote {out}")
@@ -109,7 +113,7 @@ def perplexity(
         stride: Bases of each window that are scored, its last.
         bin: Bases per line of the track.
         unit: Of the values, per base.
-        png: Draw the track beside it: true or false.
+        png: Whether to draw the track beside it.
         batch_size: Windows at once.
         device: Where to run: cpu, cuda, mps.
     """

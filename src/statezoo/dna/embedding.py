@@ -122,7 +122,7 @@ def _pooled(model: Model, sequences: list[Any], layer: int, pool: str) -> Tensor
     ids = [model.ids(x) for x in sequences]
     batch = padded_batch(ids, model.net.device)
     streams = model.net.base_model(**batch, output_hidden_states=True).hidden_states
-    x = streams[layer].float()
+    x: Tensor = streams[layer].float()
     lengths = torch.tensor([len(row) for row in ids], device=x.device)
     place = torch.arange(x.shape[1], device=x.device)
     own = (place < lengths[:, None])[..., None]  # [B T 1]
@@ -131,8 +131,8 @@ def _pooled(model: Model, sequences: list[Any], layer: int, pool: str) -> Tensor
     elif pool == "max":
         found = x.masked_fill(~own, -torch.inf).amax(1)
     else:
-        found = (x.double() * own).sum(1) / own.sum(1)
-    return found.double().cpu()
+        found = (x * own).sum(1) / lengths[:, None]
+    return found.cpu()
 
 
 def _start(parts: Path, settings: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ def _join(parts: list[Path], out: Path, settings: dict[str, Any]) -> None:
 
 def _pyarrow() -> tuple[Any, Any]:
     try:
-        import pyarrow
+        import pyarrow  # type: ignore[import-untyped,unused-ignore]
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError('parquet needs pyarrow: pip install "statezoo[dna]".') from error

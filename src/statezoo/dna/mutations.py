@@ -153,19 +153,19 @@ def _block(
     """Return ``[b-a 4]`` changes in the places ``a`` to ``b``, NaN where there is no base."""
     codes = to_codes(target.bases[a:b])
     values = np.full((b - a, 4), np.nan)
-    places = np.flatnonzero(codes < 4)
-    if not len(places):
+    places: list[int] = np.flatnonzero(codes < 4).tolist()
+    if not places:
         return values
     ids = model.ids(target.bases)
     bases = torch.tensor(model.tokenizer.scored)
     values[places, codes[places]] = 0
     if model.kind == "masked":
-        hidden = [[a + int(i)] for i in places]
+        hidden = [[a + i] for i in places]
         found = masked_log_probs(model, [ids] * len(places), hidden)
         for i, p in zip(places, found, strict=True):
             values[i] = (p[0, bases] - p[0, ids[a + i]]).numpy()
         return values
-    mutants = [(int(i), base) for i in places for base in range(4) if base != codes[i]]
+    mutants = [(i, base) for i in places for base in range(4) if base != codes[i]]
     rows = [ids]
     for i, base in mutants:
         rows.append(ids.clone())
@@ -183,7 +183,7 @@ def _block(
 @torch.inference_mode()
 def _logits(model: Model, rows: list[Tensor]) -> Tensor:
     """Return ``[B C]`` of sequences of one length, float64 on the CPU."""
-    found: Tensor = model.net(torch.stack(rows).to(model.net.device)).logits.double().cpu()
+    found: Tensor = model.net(torch.stack(rows).to(model.net.device)).logits.cpu().double()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def save_heatmap(
         interpolation="nearest", extent=(start - 0.5, start + length - 0.5, 3.5, -0.5),
     )  # fmt: skip
     there = [(start + i, "ACGT".index(base)) for i, base in enumerate(ref) if base in "ACGT"]
-    if length <= 400:
+    if there and length <= 400:
         axis.scatter(*zip(*there, strict=True), s=4, color="black")
     axis.set_yticks(range(4), list("ACGT"))
     axis.set_xlabel("base, from 1")
@@ -71,7 +72,7 @@ def save_heatmap(
     return save(path)
 
 
-def _canvas(width: float, height: float) -> tuple[Any, Any]:
+def _canvas(width: float, height: float) -> tuple[Any, Callable[[Path], Path]]:
     """Return a figure that needs no display, and what saves it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -183,7 +183,7 @@ def score_ends(model: Model, prefix: Prefix, rows: Sequence[int], ends: list[Ten
     at = torch.tensor(rows, device=device)
     start = Prefix(_select(prefix.cache, at), prefix.log_probs[at])
     found = token_log_probs(model, ids, start)
-    return found.double().masked_fill(~(inside & model.scored[ids]), 0).sum(1).cpu()
+    return found.masked_fill(~(inside & model.scored[ids]), 0).cpu().double().sum(1)
 
 
 @torch.inference_mode()
@@ -245,8 +245,8 @@ def masked_log_probs(model: Model, ids: list[Tensor], hidden: list[list[int]]) -
         row[places] = model.tokenizer.mask_id
         rows.append(row)
     logits = model.net(**padded_batch(rows, model.net.device)).logits
-    log_probs = logits.double().log_softmax(-1).cpu()
-    return [x[places] for x, places in zip(log_probs, hidden, strict=True)]
+    found = (x[places].cpu().double() for x, places in zip(logits, hidden, strict=True))
+    return [x.log_softmax(-1) for x in found]
 
 
 def padded_batch(ids: list[Tensor], device: Any) -> dict[str, Tensor]:

@@ -87,7 +87,7 @@ def perplexity(
         regions = merge(Region(*region[:3]) for region in whole(bases))
     else:
         regions = merge(chain.from_iterable(read_intervals(str(bed), bases, report).values()))
-    settings = {"genome": genome_source(bases), "regions": regions}
+    settings: dict[str, Any] = {"genome": genome_source(bases), "regions": regions}
     settings |= {"window": window, "stride": stride, "bin": bin, "unit": unit}
     settings["weights"] = opened.fingerprint
     with Lines(out, "perplexity", settings) as lines:

@@ -93,7 +93,8 @@ def score_variants(
         device: Where to run.
 
     Returns:
-        Counts: records, alternates, scored, and skipped by reason.
+        Counts: records, alternates, scored, ``renamed`` records whose contig the genome names with
+        or without ``chr``, and skipped by reason.
 
     Raises:
         ValueError: If an input cannot be used, or no variant can be scored.
@@ -136,8 +137,10 @@ def _table(out: Path) -> str:
 
 def _survey(vcf: str | Path, genome: Genome, kind: str, window: int) -> dict[str, Any]:
     """Look at all variants before any is scored."""
-    records, skipped, alternates = 0, Counter[str](), 0
+    records, renamed, skipped, alternates = 0, 0, Counter[str](), 0
+    names = {*genome.names}
     for record in read_records(vcf):
+        renamed += record.chrom not in names and record.chrom in genome
         reasons = _reasons(record, genome, kind, window)
         records, alternates = records + 1, alternates + len(reasons)
         skipped.update(reason for reason in reasons if reason)
@@ -152,7 +155,8 @@ def _survey(vcf: str | Path, genome: Genome, kind: str, window: int) -> dict[str
             f"genome it was made with? It has the contigs {contigs}."
         )
     order = {reason: skipped[reason] for reason in SKIPPED if skipped[reason]}
-    return {"records": records, "alternates": alternates, "scored": scored, "skipped": order}
+    found = {"records": records, "alternates": alternates, "scored": scored}
+    return found | {"renamed": renamed, "skipped": order}
 
 
 def _reasons(record: Record, genome: Genome, kind: str, window: int) -> list[str]:
@@ -249,7 +253,9 @@ def shared_ratios(model: Model, jobs: list[Job]) -> list[NDArray[np.float64]]:
 
 def _masked(model: Model, jobs: list[Job]) -> list[NDArray[np.float64]]:
     """Hide the bases that differ and compare what the model expects there."""
-    ids, hidden, of = [], [], []
+    ids: list[torch.Tensor] = []
+    hidden: list[list[int]] = []
+    of: list[int] = []
     for job in jobs:
         ref, *alts = job.alleles
         seen = model.ids(np.concatenate([job.left, ref, job.right]))
