@@ -153,13 +153,15 @@ class NoteFrames(Task):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the summed loss as every task does; a frame counts as one token read."""
-        return super().training_step({**batch, "tokens": batch["frames"][..., 0]}, batch_idx)
+        read: Any = {**batch, "tokens": batch["frames"][..., 0]}
+        return super().training_step(read, batch_idx)
 
     # -------------------------------------------------------------- evaluation
 
     def _evaluate(self, batch: FrameBatch, stage: str) -> None:
         nats, scored, _ = self._nll(batch)
-        for name, metric in (("nll", self.nll[stage]), ("bits_per_frame", self.bits[stage])):
+        metrics: dict[str, Any] = {"nll": self.nll[stage], "bits_per_frame": self.bits[stage]}
+        for name, metric in metrics.items():
             metric.update(nats.sum(), scored.sum())
             self.log_mean(f"{stage}/{name}", metric, bar=name == "nll")
 

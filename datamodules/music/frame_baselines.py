@@ -55,10 +55,10 @@ def linear_nll(
         solver.zero_grad()
         nats = binary_cross_entropy_with_logits(x @ weight, y, reduction="sum") / len(y)
         loss: Tensor = nats + RIDGE * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    solver.step(closure)  # type: ignore[arg-type]
+    solver.step(closure)
     x, y = _regression(held_out, context)
     with torch.no_grad():
         nats = binary_cross_entropy_with_logits(x @ weight, y, reduction="sum")

@@ -24,6 +24,9 @@ COLOURS = {
 }
 COLOURS["shuffled"] = COLOURS["chance"]
 
+COLUMNS = ("generated", "ceiling (5-95 %)", "chance")
+MEANS = ("generated", "reference", "shuffled")
+
 Measures = Mapping[str, Mapping[str, float | None]]
 
 
@@ -119,17 +122,17 @@ def table(report: Mapping[str, Any]) -> str:
             f"{name}: {part['pieces']} pieces, {part['bars']} bars, {part['notes']} notes"
             + (f"; {len(part['skipped'])} skipped" if part["skipped"] else "")
         )
-    rows = [("overlap of histograms", "generated", "ceiling (5-95 %)", "chance")]
+    rows: list[Sequence[str]] = [("overlap of histograms", *COLUMNS)]
     for name in HISTOGRAMS:
         row = found[name]
         rows.append((name, number(row["score"]), spread(row), number(row["chance"])))
     lines += ["", *aligned(rows), ""]
-    rows5 = [("mean over pieces", "generated", "reference", "shuffled", "off by", "halves off by")]
+    rows = [("mean over pieces", *MEANS, "off by", "halves off by")]
     for name in SCALARS:
         row = found[name]
-        means = (number(row[key]) for key in ("generated", "reference", "shuffled", "score"))
-        rows5.append((name, *means, spread(row)))
-    lines += aligned(rows5)
+        means = (number(row[key]) for key in (*MEANS, "score"))
+        rows.append((name, *means, spread(row)))
+    lines += aligned(rows)
     lines += [
         "",
         "ceiling, halves: random halves of the reference against each other. chance, shuffled: the "
@@ -187,7 +190,7 @@ def draw(report: Mapping[str, Any], target: Path) -> None:
             axis.set_title(f"{name}, overlap", fontsize=9)
             axis.set_ylim(0, 1.05)
         else:
-            _bars(axis, {key: row[key] for key in ("generated", "reference", "shuffled")})
+            _bars(axis, {key: row[key] for key in MEANS})
             axis.set_title(name, fontsize=9)
     _pitch_classes(axes[len(found)], report["pitch_classes"])
     for axis in axes[len(found) + 1 :]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ __all__ = ["HISTOGRAMS", "SCALARS", "Sheet", "compare", "groove", "overlap", "re
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Score = Callable[[Floats, Floats], float]
 
 STEP = TPQ // 4
 LONGEST = 32
@@ -121,7 +121,8 @@ def scale_consistency(x: Sheet) -> float:
     counts = pitch_classes(x)
     if not counts.sum():
         return float("nan")
-    return max(float(np.roll(counts, -key)[list(MAJOR)].sum()) for key in range(12)) / counts.sum()
+    best = max(float(np.roll(counts, -key)[list(MAJOR)].sum()) for key in range(12))
+    return best / float(counts.sum())
 
 
 def repetition(bars: int) -> Callable[[Sheet], float]:
@@ -230,19 +231,21 @@ def compare(
     found = {}
     for name, histogram in HISTOGRAMS.items():
         sets = [np.array([histogram(x) for x in part]) for part in (generated, reference, notes)]
-        found[name] = _row(*sets, halves, lambda a, b: overlap(a.sum(0), b.sum(0)))
+        found[name] = _row(sets, halves, lambda a, b: overlap(a.sum(0), b.sum(0)))
     for name, scalar in SCALARS.items():
         chance = bars if name in IN_ORDER else notes
         sets = [np.array([scalar(x) for x in part]) for part in (generated, reference, chance)]
         means = zip(("generated", "reference", "shuffled"), map(_mean, sets), strict=True)
-        row = _row(*sets, halves, lambda a, b: abs(_mean(a) - _mean(b)))
+        row = _row(sets, halves, lambda a, b: abs(_mean(a) - _mean(b)))
         found[name] = {key: _known(value) for key, value in means} | row
     return found
 
 
 def _row(
-    generated: Floats, reference: Floats, chance: Floats, halves: list[Any], score: Any
+    sets: Sequence[Floats], halves: Sequence[tuple[Ints, Ints]], score: Score
 ) -> dict[str, float | None]:
+    """Scores of generated music, halves of the reference, and chance, against the reference."""
+    generated, reference, chance = sets
     own = np.array([score(reference[one], reference[other]) for one, other in halves])
     own = own[~np.isnan(own)]
     low, high = np.quantile(own, [0.05, 0.95]) if len(own) else (np.nan, np.nan)
