@@ -161,7 +161,9 @@ class KMers(DNATokenizer):
         self.vocab_size = SINGLE + 4**k
         self._names = super()._symbols() + ["".join(word) for word in product("ACGT", repeat=k)]
         words = np.arange(4**k)
-        other = sum((3 - (words >> 2 * i & 3)) << 2 * (k - 1 - i) for i in range(k))
+        other = np.zeros_like(words)
+        for i in range(k):
+            other = other << 2 | (3 - (words >> 2 * i & 3))
         self.complement = [*Nucleotides.complement, *(SINGLE + other).tolist()]
 
     def encode_array(
@@ -304,7 +306,7 @@ def train_dna_bpe(
     backend.normalizer = _normalizer()
     # Pieces of at most 512 bases: the library needs time quadratic in their length.
     cut = [(r"N", "isolated"), (r"[ACGT]{512}", "isolated")]
-    steps = [pre_tokenizers.Split(Regex(pattern), how) for pattern, how in cut]  # type: ignore[arg-type]
+    steps = [pre_tokenizers.Split(Regex(pattern), how) for pattern, how in cut]
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(
