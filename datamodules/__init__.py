@@ -2,7 +2,8 @@
 
 from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.datamodules.dna import DNA, LabelledDNA
+from statezoo.datamodules.music.data import Music
 from statezoo.datamodules.music.frames import PianoFrames
 from statezoo.datamodules.text import Text
 
-__all__ = ["DNA", "IGNORE", "Batch", "LabelledDNA", "PianoFrames", "Text"]
+__all__ = ["DNA", "IGNORE", "Batch", "LabelledDNA", "Music", "PianoFrames", "Text"]

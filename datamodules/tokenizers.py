@@ -287,8 +287,9 @@ def _token_text(entry: Any) -> str | None:
 def tokenizer_from_state(state: dict[str, str]) -> Tokenizer:
     """Rebuild a tokenizer from ``Tokenizer.state_dict()``."""
     from statezoo.datamodules.dna.tokenizers import dna_tokenizer_from_state as of_dna
+    from statezoo.datamodules.music.tokenizers import saved_music_tokenizer as of_music
 
-    if (found := of_dna(state)) is not None:
+    if (found := of_dna(state) or of_music(state)) is not None:
         return found
     kind = json.loads(state.get(CONFIG_FILE, "{}")).get("statezoo_kind")
     if kind == Bytes.kind:
@@ -304,10 +305,10 @@ def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
     import torch
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for name in ("Text", "DNA", "LabelledDNA"):
+    for name in ("Text", "DNA", "LabelledDNA", "Music"):
         if state := checkpoint.get(name, {}).get("tokenizer"):
             return tokenizer_from_state(state)
-    raise ValueError(f"{path} holds no tokenizer: it was not made with Text, DNA or LabelledDNA.")
+    raise ValueError(f"{path} holds no tokenizer: it was not made with Text, DNA or Music.")
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:

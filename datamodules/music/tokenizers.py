@@ -10,7 +10,7 @@ from statezoo.datamodules.music.base import GrammarState, MusicTokenizer
 from statezoo.datamodules.music.midi import KINDS, MULTI_VOCABULARY, MidiState, MidiTokens
 from statezoo.datamodules.music.performance import Performance, PerformanceState
 from statezoo.datamodules.music.satb import SatbGrid, SatbState
-from statezoo.datamodules.tokenizers import CONFIG_FILE
+from statezoo.datamodules.tokenizers import CONFIG_FILE, tokenizer_from_checkpoint
 
 __all__ = [
     "ENCODINGS",
@@ -24,6 +24,7 @@ __all__ = [
     "SatbState",
     "music_tokenizer",
     "music_tokenizer_from_state",
+    "saved_music_tokenizer",
 ]
 
 ENCODINGS = (*KINDS, SatbGrid.kind, Performance.kind)
@@ -49,7 +50,10 @@ def music_tokenizer(name: str, **settings: Any) -> MusicTokenizer:
         return Performance(**settings)
     path = Path(name)
     if path.suffix == ".ckpt" and path.is_file():
-        return _from_checkpoint(path)
+        found = tokenizer_from_checkpoint(path)
+        if not isinstance(found, MusicTokenizer):
+            raise ValueError(f"{path} was made with {found.kind} tokens, not with music.")
+        return found
     file = path / CONFIG_FILE
     if file.is_file():
         texts = {f.name: f.read_text(encoding="utf-8") for f in path.glob("tokenizer*.json")}
@@ -66,22 +70,21 @@ def music_tokenizer_from_state(state: dict[str, str]) -> MusicTokenizer:
     Raises:
         ValueError: If it is no music tokenizer, or its library would now give other ids.
     """
-    config = json.loads(state.get(CONFIG_FILE, "{}"))
-    kind, settings = config.get("statezoo_kind"), config.get("statezoo_settings")
-    if kind not in ENCODINGS or not isinstance(settings, dict):
+    found = saved_music_tokenizer(state)
+    if found is None:
+        kind = json.loads(state.get(CONFIG_FILE, "{}")).get("statezoo_kind")
         raise ValueError(
             f"The tokenizer is of kind {kind!r}, not one for music ({', '.join(ENCODINGS)})."
         )
-    found = music_tokenizer(kind, **settings)
-    found.check_names(state)
     return found
 
 
-def _from_checkpoint(path: Path) -> MusicTokenizer:
-    import torch
-
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    saved = checkpoint.get("Music", {})
-    if "tokenizer" not in saved:
-        raise ValueError(f"{path} holds no tokenizer: it was not made with the data module Music.")
-    return music_tokenizer_from_state(saved["tokenizer"])
+def saved_music_tokenizer(state: dict[str, str]) -> MusicTokenizer | None:
+    """The same, or None where it is no music tokenizer."""
+    config = json.loads(state.get(CONFIG_FILE, "{}"))
+    kind, settings = config.get("statezoo_kind"), config.get("statezoo_settings")
+    if kind not in ENCODINGS or not isinstance(settings, dict):
+        return None
+    found = music_tokenizer(kind, **settings)
+    found.check_names(state)
+    return found
