@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from statezoo.datamodules.dna.baselines import baselines
@@ -270,13 +271,13 @@ class DNA(LightningDataModule):
         """One line per split, and one for each thing that was left out."""
         for line in report[:20]:
             log.warning(line)
-        log.info(f"{self.genome.title}: {len(self.genome.names)} contigs")
+        rank_zero_info(f"{self.genome.title}: {len(self.genome.names)} contigs")
         for split, found in scans.items():
             if not found.regions:
                 continue
             contigs = len({region.contig for region in found.regions})
             gaps = f", {found.gap_bases:,} N in {found.gaps} gaps left out" if found.gaps else ""
-            log.info(
+            rank_zero_info(
                 f"{split}: {len(found.regions)} regions on {contigs} contigs, "
                 f"{found.composition}{gaps}"
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from statezoo.datamodules.corpus import _folder as cached
@@ -241,7 +242,7 @@ class _File:
         """Write the sequences into the cache, each on one line, and read them from there."""
 
         def write(folder: Path) -> None:
-            log.info(f"expanding {self.path} into the cache ({reason})")
+            rank_zero_info(f"expanding {self.path} into the cache ({reason})")
             try:
                 with _unpacked(self.path) as source, (folder / "genome.fa").open("wb") as out:
                     flatten(source, out, self.path)
@@ -277,7 +278,7 @@ class _File:
             except OSError:
                 continue
             if not own:
-                log.info(f"{self.path} {why}: wrote {file}")
+                rank_zero_info(f"{self.path} {why}: wrote {file}")
             return contigs
         log.warning(f"{self.path} {why}, and neither its folder nor the cache can be written")
         return contigs

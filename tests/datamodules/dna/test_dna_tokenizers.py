@@ -143,9 +143,7 @@ def test_a_checkpoint_gives_its_tokenizer(tmp_path, tokenizer):
     torch.save({"DNA": {"tokenizer": tokenizer.state_dict()}}, file)
     assert dna_tokenizer(file).fingerprint == tokenizer.fingerprint
     torch.save({"DNA": {}}, file)
-    with pytest.raises(
-        ValueError, match=r"holds no tokenizer: it was not made with Text, DNA or L"
-    ):
+    with pytest.raises(ValueError, match="holds no tokenizer: it was not made with Text, DNA"):
         dna_tokenizer(file)
 
 
