@@ -11,6 +11,7 @@ import torch
 from statezoo.datamodules import DNA
 from statezoo.datamodules.batch import IGNORE
 from statezoo.datamodules.dna.sequence import reverse_complement
+from statezoo.datamodules.dna.tokenizers import train_dna_bpe
 
 
 def letters(n, seed=0, alphabet="ACGT"):
@@ -263,6 +264,38 @@ def test_bits_per_base_never_include_n(tmp_path):
     assert not (scored == 7).any()
 
 
+def test_a_window_of_kmers_equals_a_plain_loop(tmp_path):
+    text = letters(400, 4, "ACGTacgtACGTN")
+    data = ready(put(tmp_path, {"c": text}), "kmer3", seq_len=10, val_context=4, val_fraction=0.5)
+    encode = data.tokenizer.encode
+    windows = data.val_dataloader().windows
+    at = 200
+    for w in range(len(windows)):
+        _, start, stop = windows.bounds(0, w)
+        assert 200 + start == at
+        at = 200 + stop
+        low = at - (stop - start) - (12 if w else 0)  # 4 words of context
+        context, body = encode(text[low : 200 + start]), encode(text[200 + start : at])
+        batch = windows[0, [w]]
+        read = [encode(text[low - 3 : low])[-1], *context, *body][:-1]
+        assert batch["tokens"][0].tolist() == read
+        want = [IGNORE] * len(context) + [i if i != 7 else IGNORE for i in body]
+        assert batch["targets"][0].tolist() == want
+    assert at == 400
+
+
+@pytest.mark.parametrize("objective", ["causal", "masked"])
+def test_learnt_pieces_cover_every_base(tmp_path, objective):
+    text = letters(3000, 1, "ACGTN")
+    path = put(tmp_path, {"c": text})
+    train_dna_bpe([path], 30, tmp_path / "tok")
+    data = ready(path, str(tmp_path / "tok"), objective=objective, seq_len=20, rc_augment=True,
+                 mask_fraction=1.0)  # fmt: skip
+    n = sum(int(batch["n_bytes"]) for batch in data.train_dataloader())
+    assert n == sum(base != "N" for base in text[:2700])
+    assert data.complement is None
+
+
 @pytest.mark.slow
 def test_a_genome_of_a_billion_bases_costs_no_memory(tmp_path):
     width, rows = 80, 12_500  # lines of 80 bases; a block of 1 Mb
@@ -305,4 +338,3 @@ print(json.dumps([before, most, first, bases / (time.time() - started)]))
     before, most, first, speed = json.loads(done.stdout.splitlines()[-1])
     assert most - before < 300, (before, most, first, speed)
     assert first < 10, (before, most, first, speed)
-    print(before, most, first, speed)  # noqa: T201
