@@ -24,7 +24,7 @@ HEADS = {
 def make_net(kind="causal", family="gla", seed=0, **settings):
     torch.manual_seed(seed)
     sizes = {"vocab_size": 8, "d_model": 16, "n_layers": 2, "initializer_range": 0.3}
-    config = zoo.StateZooConfig(mixers=FAMILIES[family], **sizes, **settings)
+    config = zoo.StateZooConfig(mixers=FAMILIES[family], **(sizes | settings))
     net = HEADS[kind](config).eval()
     with torch.no_grad():  # likelihoods that differ much between bases
         for name, parameter in net.named_parameters():

@@ -1,6 +1,7 @@
 """One vector per record that depends on nothing else in the batch."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -29,9 +30,6 @@ def fasta(tmp_path):
     sizes = [7, 128, 33, 2, 1, 60]
     records = {f"s{i}": "".join(rng.choice(list("ACGTN"), n)) for i, n in enumerate(sizes)}
     return write_fasta(tmp_path / "s.fa", records), records
-
-
-KINDS = [("causal", {}), ("masked", {"bidirectional": True}), ("classifier", {"num_labels": 2})]
 
 
 @pytest.mark.parametrize("pool", POOLS)
@@ -141,3 +139,9 @@ def test_mistakes(tmp_path, fasta, changes, message, monkeypatch):
         (tmp_path / f"{name}.bed").write_text(text)
     with pytest.raises((ValueError, OSError), match=message):
         embed(make_model(), **({"out": "x.parquet", "fasta": fasta[0]} | changes))
+
+
+def test_missing_pyarrow_is_told(tmp_path, fasta, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r'needs pyarrow: pip install "statezoo\[dna\]"'):
+        embed(make_model(), tmp_path / "x.parquet", fasta=fasta[0])

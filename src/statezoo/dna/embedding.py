@@ -61,8 +61,7 @@ def embed(
         Counts: records, and the width of the vectors.
 
     Raises:
-        ValueError: If an input cannot be used or there is no such layer.
-        ImportError: If pyarrow is missing.
+        ValueError: If an input cannot be used, there is no such layer, or pyarrow is missing.
     """
     _pyarrow()
     if (fasta is None) == (bed is None) or (bed is None) != (genome is None):
@@ -180,5 +179,7 @@ def _pyarrow() -> tuple[Any, Any]:
         import pyarrow  # type: ignore[import-untyped,unused-ignore]
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError('parquet needs pyarrow: pip install "statezoo[dna]".') from error
+        raise ValueError(
+            'embed writes parquet, which needs pyarrow: pip install "statezoo[dna]".'
+        ) from error
     return pyarrow, parquet
