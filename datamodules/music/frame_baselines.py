@@ -16,7 +16,7 @@ Roll = NDArray[np.uint8]
 
 PSEUDO = 0.5
 """Frames added with, and as many without, each note: no frequency is 0 or 1."""
-RIDGE = 3e-4
+RIDGE = 1e-4
 """Weight of the squared coefficients beside the mean nats of a frame."""
 
 

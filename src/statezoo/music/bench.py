@@ -138,8 +138,11 @@ def _score(
     found = find_weights(source)
     place = Path(found)
     stamped = _stamp(place / "model.safetensors" if place.is_dir() else place)
-    part, module, trained, parameters = _load(found)
-    label = name or source
+    part, module, trained = _load(found)
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    net = getattr(module, "net", module)
+    mixers = dict.fromkeys(mixer["name"] for mixer in net.config.layer_mixers)
+    label = name or f"{source} ({', '.join(mixers)})"
     row: Row = {"model": label, "parameters": parameters, "transpose": trained.transpose}
     try:
         jsb.refuse_bach(label, trained)
@@ -160,8 +163,8 @@ def _score(
     rows[part].append({**row, "scores": scores, "note": trained.note})
 
 
-def _load(source: str) -> tuple[str, Any, jsb.Trained, int]:
-    """Return task, module or network, training data and size of a checkpoint or exported folder.
+def _load(source: str) -> tuple[str, Any, jsb.Trained]:
+    """Return task, module or network, and training data of a checkpoint or exported folder.
 
     Raises:
         ValueError: If it is for another task than frames or tokens.
@@ -177,18 +180,14 @@ def _load(source: str) -> tuple[str, Any, jsb.Trained, int]:
         trained = jsb.trained_on(Path(source), content)
         if ckpt.class_path(content, source).endswith(f".{NoteFrames.__name__}"):
             module = ckpt.load_checkpoint(source, map_location="cpu")
-            return FRAMES, module, trained, _size(module)
+            return FRAMES, module, trained
     net = load_network(source)
     if not isinstance(net, StateZooForCausalLM):
         raise ValueError(
             f"{source} holds a {type(net).__name__}; bench scores NoteFrames and language models "
             "of the satb grid."
         )
-    return TOKENS, net, trained, _size(net)
-
-
-def _size(module: Any) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return TOKENS, net, trained
 
 
 def train(part: str, mixer: str, file: Path, *, steps: int, seed: int, runs: Path) -> Path:
