@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return where the run writes: the logger's folder, else the trainer's root."""
+    """Return where the run writes: the logger's folder, else the trainer's root.
+
+    All processes must ask, as the first tells the others.
+    """
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
@@ -217,9 +220,9 @@ class ExportHub(Callback):
         """Write, from the best checkpoint where there is one."""
         if not isinstance(pl_module, Task) or type(pl_module.net).__name__ not in NETWORKS:
             return
+        target = run_folder(trainer) / self.folder
         if _trying(trainer) or not trainer.is_global_zero:
             return
-        target = run_folder(trainer) / self.folder
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         metrics = {
             name: float(value)
@@ -244,7 +247,7 @@ class CompareWithBaselines(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table, and write it as ``baselines.json``."""
         data: Any = getattr(trainer, "datamodule", None)
-        name = f"val/bits_per_{getattr(pl_module, 'unit', 'byte')}"
+        name, folder = f"val/bits_per_{getattr(pl_module, 'unit', 'byte')}", run_folder(trainer)
         if not trainer.is_global_zero or name not in trainer.callback_metrics:
             return
         if not hasattr(data, "baselines"):
@@ -256,5 +259,5 @@ class CompareWithBaselines(Callback):
             style = "bold" if label == type(pl_module).__name__ else ""
             table.add_row(label, f"{bits:.3f}", style=style)
         Console().print(table)
-        if (folder := run_folder(trainer)).is_dir():
+        if folder.is_dir():
             (folder / "baselines.json").write_text(json.dumps(rows, indent=2) + "\n")

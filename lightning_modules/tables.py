@@ -35,6 +35,12 @@ class WritePredictions(Callback):
         self._open, self._count = ExitStack(), 0
         self._writer: Any = None
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the file."""
+        path = Path(self.out) if self.out else run_folder(trainer) / "predictions.csv"
+        several = trainer.world_size > 1
+        self._target = path.with_stem(f"{path.stem}_{trainer.global_rank}") if several else path
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -51,20 +57,17 @@ class WritePredictions(Callback):
             names: Any = pl_module.class_names
             header = ["id", *(["label"] if "labels" in batch else []), "predicted"]
             rows = _class_rows(outputs["probabilities"], batch, names, self._count)
-            self._write(trainer, [*header, *(f"p_{name}" for name in names)], rows)
+            self._write([*header, *(f"p_{name}" for name in names)], rows)
         elif "nll" in outputs:
             header = ["batch", "sequence", "tokens", "nll_nats", "nll_per_token"]
             rows = _token_rows(outputs, batch.get("cu_seqlens"), batch_idx)
-            self._write(trainer, header, rows)
+            self._write(header, rows)
 
-    def _write(self, trainer: Trainer, header: list[str], rows: Iterator[list[Any]]) -> None:
+    def _write(self, header: list[str], rows: Iterator[list[Any]]) -> None:
         if self._writer is None:
-            path = Path(self.out) if self.out else run_folder(trainer) / "predictions.csv"
-            if trainer.world_size > 1:
-                path = path.with_stem(f"{path.stem}_{trainer.global_rank}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.path = path
-            self._file = self._open.enter_context(path.open("w", newline="", encoding="utf-8"))
+            self.path = self._target
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._open.enter_context(self.path.open("w", newline="", encoding="utf-8"))
             self._writer = csv.writer(self._file)
             self._writer.writerow(header)
         for row in rows:
@@ -119,10 +122,9 @@ class ConfusionTable(Callback):
         """Write, where the model is a classifier that has been validated."""
         if not isinstance(pl_module, SequenceClassifier) or not pl_module.confusion.update_called:
             return
-        counts = pl_module.confusion.compute().tolist()  # of all processes
+        counts, folder = pl_module.confusion.compute().tolist(), run_folder(trainer)  # of all
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
-        folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
