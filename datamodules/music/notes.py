@@ -223,7 +223,7 @@ class Piece:
     def from_score(cls, score: Score) -> Piece:
         """The notes of a ``symusic.Score`` in ticks, whatever its resolution.
 
-        Notes without length are dropped, and so are tracks without notes.
+        Notes without length are dropped, tracks without notes, and meters of no beats.
         """
         tpq = score.ticks_per_quarter
 
@@ -254,7 +254,11 @@ class Piece:
             tuple(tracks),
             np.concatenate(parts),
             tuple((tick(t), float(t.qpm)) for t in score.tempos),
-            tuple((tick(t), int(t.numerator), int(t.denominator)) for t in score.time_signatures),
+            tuple(
+                (tick(t), int(t.numerator), int(t.denominator))
+                for t in score.time_signatures
+                if t.numerator > 0 and t.denominator > 0
+            ),
         )
 
     def save_midi(self, path: str | Path) -> None:

@@ -93,7 +93,8 @@ def _midi(data: bytes) -> list[Piece]:
     if not data.startswith((b"MThd", b"RIFF")):
         raise ValueError("not a MIDI file: it does not begin with MThd")
     try:
-        return [Piece.from_score(symusic.Score.from_midi(data))]
+        score: Any = symusic.Score.from_midi(data)
+        return [Piece.from_score(score)]
     except RuntimeError as error:
         raise ValueError(f"a damaged MIDI file ({error})") from error
 
@@ -119,7 +120,7 @@ def _abc(data: bytes) -> list[Any]:
     for tune in tunes:
         try:
             with quiet():
-                score = symusic.Score.from_abc(tune.strip() + "\n")
+                score: Any = symusic.Score.from_abc(tune.strip() + "\n")
             found.append(Piece.from_score(score))
         except (RuntimeError, ValueError) as error:
             found.append(ValueError(f"not ABC ({error})"))

@@ -5,6 +5,8 @@ import symusic
 from tests.datamodules.music.shared import band, rows
 
 from statezoo.datamodules.music.notes import TPQ, Piece, TrackInfo
+from statezoo.datamodules.music.readers import read_piece
+from statezoo.datamodules.music.tokenizers import music_tokenizer
 
 
 def test_midi_files_keep_everything_and_are_equal_byte_for_byte(tmp_path):
@@ -62,3 +64,40 @@ def test_between_cuts_and_keeps_the_meter():
 def test_notes_of_no_track_are_refused():
     with pytest.raises(ValueError, match="needs tracks numbered 0 to 0, got notes of tracks 1"):
         Piece((TrackInfo(),), np.array([[0, 1, 60, 64, 1]]))
+
+
+def test_midi_files_of_the_wild(tmp_path):
+    song = mido.MidiFile(charset="latin1", ticks_per_beat=96)
+    track = mido.MidiTrack()
+    song.tracks.append(track)
+    track.append(mido.MetaMessage("track_name", name="Fl\xf6te"))
+    track.append(mido.MetaMessage("time_signature", numerator=7, denominator=16))
+    track.append(mido.Message("note_on", note=60, velocity=64))
+    track.append(mido.Message("note_on", note=60, velocity=0, time=96))
+    song.save(tmp_path / "a.MID")
+    piece = read_piece(tmp_path / "a.MID")
+    assert rows(piece) == [(0, 480, 60)]
+    assert piece.time_signatures == ((0, 7, 16),)
+    for kind in ("remi", "tsd", "midilike"):  # a meter without a token is left out in silence
+        tokenizer = music_tokenizer(kind)
+        assert rows(tokenizer.decode_piece(tokenizer.encode_piece(piece))) == rows(piece)
+    data = bytearray((tmp_path / "a.MID").read_bytes())
+    data[data.find(b"\xff\x58\x04") + 3] = 0
+    (tmp_path / "a.MID").write_bytes(data)
+    assert read_piece(tmp_path / "a.MID").time_signatures == ()  # no beats in a bar
+
+
+@pytest.mark.parametrize(
+    ("tempo", "onset", "message"),
+    [(0, 0, "absurd tempo of inf"), (500_000, 1 << 27, "quarters, more than 100000")],
+)
+def test_midi_files_that_would_never_end(tmp_path, tempo, onset, message):
+    song = mido.MidiFile(ticks_per_beat=480)
+    track = mido.MidiTrack()
+    song.tracks.append(track)
+    track.append(mido.MetaMessage("set_tempo", tempo=tempo))
+    track.append(mido.Message("note_on", note=60, velocity=64, time=onset))
+    track.append(mido.Message("note_off", note=60, time=96))
+    song.save(tmp_path / "a.mid")
+    with pytest.raises(ValueError, match=message):
+        read_piece(tmp_path / "a.mid")
