@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from tests.dna.conftest import FAMILIES, make_model, write_fasta
+from torch.nn.functional import cross_entropy
 
+from statezoo.datamodules import DNA
 from statezoo.datamodules.dna.sequence import reverse_complement
 from statezoo.dna import nll, perplexity, scoring
 from statezoo.dna.tracks import read_bedgraph
@@ -178,3 +180,24 @@ def test_other_strand_is_what_is_asked_for():
     x = np.frombuffer(b"ACGTTGCATGCCA", dtype=np.uint8)
     one, two = (nll(model, [y])[0].sum() for y in (x, reverse_complement(x)))
     assert abs(one - two) > 1e-3
+
+
+def test_same_bits_as_validation(tmp_path, genome):
+    """Windows read what those of the data module read, so training and track agree."""
+    model, (fasta, contigs) = make_model(), genome
+    data = DNA(path=str(fasta), val_contigs=["chr1"], seq_len=128, batch_size=3)
+    data.prepare_data()
+    data.setup("fit")
+    total, n = 0.0, 0
+    for batch in data.val_dataloader():
+        packed = {k: batch[k] for k in ("cu_seqlens", "attention_mask") if k in batch}
+        with torch.no_grad():
+            logits = model.net(batch["tokens"], **packed).logits
+        scored = batch["targets"] != -100
+        total += cross_entropy(logits[scored], batch["targets"][scored], reduction="sum").item()
+        n += int(scored.sum())
+    (tmp_path / "r.bed").write_text(f"chr1\t0\t{len(contigs['chr1'])}\n")
+    given = {"bed": tmp_path / "r.bed", "window": 128, "stride": 128}
+    found = perplexity(model, fasta, tmp_path / "x.bedGraph", **given)
+    assert found["scored"] == n
+    assert found["bits_per_base"] == pytest.approx(total / n / math.log(2), abs=1e-5)
