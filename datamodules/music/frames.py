@@ -87,7 +87,8 @@ class PianoFrames(LightningDataModule):
     Args:
         path: A public JSON file of the JSB chorales with its own splits, such as
             ``jsb-chorales-quarter.json``, or a file or folder of MIDI, MusicXML or ABC. Default:
-            Bach's chorales that come with music21.
+            Bach's chorales that come with music21; a model trained on those must not be quoted on
+            the JSB test, which is mostly the same music.
         steps_per_quarter: Frames per quarter note.
         batch_size: Pieces per batch and process.
         transpose: Most semitones by which a piece of the training split is moved up or down, drawn

@@ -279,6 +279,7 @@ def test_training_with_the_shipped_config_and_going_on(root, tmp_path, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_train_and_score_in_one_command(root, tmp_path):
     out = tmp_path / "table.md"
     bench(root=str(root), mixers="gla,retnet+attention", task="frames", steps=4, out=str(out))

@@ -22,6 +22,7 @@ FILES = {
 
 VOICES, STEPS_PER_BEAT = 4, 4
 LONGEST_MARKOV = 6
+WHOLE = 1 << 20  # tokens, more than any piece has
 
 SPLITS = {"valid": "val", "test": "test"}
 
@@ -202,7 +203,7 @@ def grid(file: Path, source: str = "satb") -> Any:
     from statezoo.datamodules.music.data import Music
     from statezoo.datamodules.music.satb import SatbGrid
 
-    data = Music(str(file), source, transpose=(0, 0))
+    data = Music(str(file), source, packing="pieces", seq_len=WHOLE, transpose=(0, 0))
     tokenizer = data.tokenizer
     if not isinstance(tokenizer, SatbGrid) or tokenizer.hold:
         kind = "satb with hold" if isinstance(tokenizer, SatbGrid) else tokenizer.kind
