@@ -96,18 +96,34 @@ class SeekableLoader:
             self.done = self.done if self.shuffle else 0
             self.pass_end = self.done + self.length
         self._resumed = False
+        for batch in self.read(range(self.done, self.pass_end)):
+            self.done += 1
+            yield batch
+
+    def read(self, numbers: range) -> Iterator[Batch]:
+        """Batches of these numbers, counted from the first epoch."""
         # Not persistent workers: those would outlive a pass that is left before its end.
         reader: DataLoader[Batch] = DataLoader(
             self.windows,  # type: ignore[arg-type]  # indexed by pairs, not by numbers
             batch_size=None,
-            sampler=map(self.index, range(self.done, self.pass_end)),
+            sampler=map(self.index, numbers),
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # leaves the global one alone
         )
-        for batch in reader:
-            self.done += 1
-            yield batch
+        yield from reader
+
+    def like(self, windows: Windows, batch_size: int) -> SeekableLoader:
+        """Return a loader of other windows, at its beginning, that is like this one otherwise."""
+        return type(self)(
+            windows,
+            batch_size,
+            shuffle=self.shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            rank=self.rank,
+            world_size=self.world_size,
+        )
 
     def limit(self, batches: float) -> None:
         """End each pass after so many batches (float: part of the epoch); the next goes on there.
@@ -147,13 +163,21 @@ class SeekableLoader:
         """Go on after the batches that ``state`` counts as read.
 
         Raises:
-            ValueError: If the data or the batch size are not those of the saved run.
+            ValueError: If the data, the batch size or the stages are not those of the saved run.
         """
         if state["epoch_length"] != self.epoch_length:
             raise ValueError(
                 f"The checkpoint was made with {state['epoch_length']} batches per epoch, now "
                 f"there are {self.epoch_length}: resume with the same data, seq_len, batch_size "
                 "and number of processes, or start a new run from the checkpoint's weights."
+            )
+        had, has = state.get("stages"), self.state_dict().get("stages")
+        if had != has:
+            told = {True: "with stages of growing windows", False: "without"}
+            raise ValueError(
+                f"The checkpoint was made {told[bool(had)]} ([first batch, batches per epoch]: "
+                f"{had}), this run has {has}: resume with the same LengthWarmup, or start a new "
+                "run from the checkpoint's weights."
             )
         self.done, self.pass_end = state["done"], state["pass_end"]
         self._resumed = True

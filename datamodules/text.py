@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from statezoo.datamodules.ngram import baselines
 from statezoo.datamodules.packing import Windows
 from statezoo.datamodules.readers import source_for
 from statezoo.datamodules.splitting import split_text
+from statezoo.datamodules.stages import Warmup
 from statezoo.datamodules.tokenizers import (
     Characters,
     Tokenizer,
@@ -91,6 +93,8 @@ class Text(LightningDataModule):
         self.source = source_for(path, text_field)
         self._raw: RawText | None = None
         self._windows: dict[str, Windows] = {}
+        self.warmup: Warmup | None = None
+        """How training windows grow to ``seq_len``; None where they have it from the beginning."""
         self._tokenizer = None if tokenizer == Characters.kind else load_tokenizer(tokenizer)
 
     @property
@@ -168,6 +172,21 @@ class Text(LightningDataModule):
     def predict_dataloader(self) -> SeekableLoader:
         """The same as for the test."""
         return self.test_dataloader()
+
+    def at_length(self, seq_len: int) -> Windows:
+        """The training split in windows of another length, after ``setup``.
+
+        Raises:
+            ValueError: If it is shorter.
+        """
+        windows = copy.copy(self._windows["train"])
+        if windows.size < seq_len:
+            raise ValueError(
+                f"{self.source.name} has only {windows.size} tokens to train on, windows of "
+                f"{seq_len} were asked for: lower seq_len or add text."
+            )
+        windows.seq_len = seq_len
+        return windows
 
     def raw(self, split: Literal["train", "val", "test"]) -> bytes:
         """The text of a split, its documents end to end, as the model sees it."""
@@ -254,6 +273,8 @@ class Text(LightningDataModule):
             world_size=1 if trainer is None else trainer.world_size,
             epoch=epoch,
         )
+        if shuffle and self.warmup is not None:
+            loader = self.warmup.loader(loader, self.seq_len, self.at_length)
         if shuffle and trainer is not None:
             loader.limit(trainer.limit_train_batches)
         return loader

@@ -10,6 +10,7 @@ from statezoo.lightning_modules.architectures import ARCHITECTURES, Hybrid, arch
 from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.checkpoint import CheckpointError, load_checkpoint
 from statezoo.lightning_modules.classify import SequenceClassifier
+from statezoo.lightning_modules.length_warmup import LengthWarmup
 from statezoo.lightning_modules.masked_lm import MaskedLM
 from statezoo.lightning_modules.network import export, export_checkpoint, load_network
 from statezoo.lightning_modules.note_frames import NoteFrames
@@ -21,6 +22,7 @@ __all__ = [
     "CausalLM",
     "CheckpointError",
     "Hybrid",
+    "LengthWarmup",
     "MaskedLM",
     "NoteFrames",
     "Optim",

@@ -20,6 +20,7 @@ from statezoo.datamodules.dna.splits import split_genome
 from statezoo.datamodules.dna.tokenizers import DNATokenizer, dna_tokenizer
 from statezoo.datamodules.dna.windows import GenomeWindows, Task
 from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.stages import Warmup
 from statezoo.datamodules.tokenizers import tokenizer_from_state
 
 __all__ = ["DNA"]
@@ -104,6 +105,8 @@ class DNA(LightningDataModule):
         self.scans: dict[str, Scan] = {}
         """What each split holds, after ``setup``."""
         self._windows: dict[str, GenomeWindows] = {}
+        self.warmup: Warmup | None = None
+        """How training windows grow to ``seq_len``; None where they have it from the beginning."""
 
     @property
     def vocab_size(self) -> int:
@@ -141,18 +144,9 @@ class DNA(LightningDataModule):
         if self._tells():
             self._tell(scans, report)
         self.scans = scans
-        task = Task(self.objective, self.mask_fraction, self.soft_mask_weight, self.seed)
         for split, found in scans.items():
             if found.regions:
-                self._windows[split] = GenomeWindows(
-                    self.genome,
-                    found.regions,
-                    self.tokenizer,
-                    self.seq_len,
-                    context=0 if split == "train" else self.val_context,
-                    movable=split == "train",
-                    task=task,
-                )
+                self._windows[split] = self._cut(split, self.seq_len)
 
     def train_dataloader(self) -> SeekableLoader:
         """Windows in an order of their own each epoch; resumes in the middle of one."""
@@ -176,6 +170,21 @@ class DNA(LightningDataModule):
     def predict_dataloader(self) -> SeekableLoader:
         """The same as for the test."""
         return self.test_dataloader()
+
+    def at_length(self, seq_len: int) -> GenomeWindows:
+        """The training split in windows of another length, after ``setup``.
+
+        Raises:
+            ValueError: If no region is as long.
+        """
+        windows = self._cut("train", seq_len)
+        windows.rc = self.rc_augment
+        if windows.lengths.max() < windows.width:
+            raise ValueError(
+                f"{self.genome.title}: the longest region to train on has {windows.lengths.max()} "
+                f"bases, windows of {windows.width} were asked for: lower seq_len."
+            )
+        return windows
 
     def codes(self, split: Split, limit: int | None = None) -> list[NDArray[np.uint8]]:
         """Codes 0 to 3 (A C G T; 4 for N) of the regions of a split.
@@ -289,6 +298,17 @@ class DNA(LightningDataModule):
                 f"have room for {width}: lower seq_len."
             )
 
+    def _cut(self, split: str, seq_len: int) -> GenomeWindows:
+        return GenomeWindows(
+            self.genome,
+            self.scans[split].regions,
+            self.tokenizer,
+            seq_len,
+            context=0 if split == "train" else self.val_context,
+            movable=split == "train",
+            task=Task(self.objective, self.mask_fraction, self.soft_mask_weight, self.seed),
+        )
+
     def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
         if not self._windows:
             self.setup()
@@ -305,6 +325,8 @@ class DNA(LightningDataModule):
             world_size=1 if trainer is None else trainer.world_size,
             epoch=epoch,
         )
+        if shuffle and self.warmup is not None:
+            loader = self.warmup.loader(loader, self.seq_len, self.at_length)
         if shuffle and trainer is not None:
             loader.limit(trainer.limit_train_batches)
         return loader
