@@ -33,6 +33,8 @@ class BaseConv(Mixer):
     Source: Arora et al., BASED, arXiv:2402.18668v2, appendix E.1 and its code.
     """
 
+    observable = False
+
     def __init__(
         self, d_model: int, *, expand: float = 2.0, d_conv: int = 3, backend: Backend = "auto"
     ) -> None:

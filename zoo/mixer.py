@@ -32,6 +32,8 @@ class Mixer(nn.Module):
             names both, and has ``recur`` and ``read_out`` instead of ``forward``; no other access
             to the stream than by these projections then makes its memory fit to be one of several.
         read_width: Leading outputs of a writing projection that are for ``read_out`` alone.
+        observable: Whether it mixes by a recurrence or attention of ``kernels/``, so that
+            ``zoo/observe.py`` sees what it does.
         auxiliary: What the last forward pass in training mode had to say beside its output, in
             scalars or vectors to be logged; ``"loss"`` is added to the training loss.
     """
@@ -40,6 +42,7 @@ class Mixer(nn.Module):
     reads: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[tuple[str, ...]] = ()
     read_width: int = 0
+    observable: ClassVar[bool] = True
     layer: int = 0
     auxiliary: dict[str, Tensor] | None = None
 
