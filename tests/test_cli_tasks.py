@@ -2,6 +2,8 @@
 
 import csv
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -191,3 +193,28 @@ def test_a_resumed_run_is_the_same_run(model, folder):
         assert again["global_step"] == 7
         for name, value in whole["state_dict"].items():
             assert torch.equal(again["state_dict"][name], value), f"{name} from step {step}"
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "statezoo", "fit", "--model", "SequenceClassifier", *TINY, "--data",
+         "LabelledDNA", *DATA[2:], "--trainer.max_steps", "3", "--trainer.strategy", "ddp",
+         "--trainer.devices", "2"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first = Path("runs/sequenceclassifier-labelleddna/version_0")
+    main(["validate", "--ckpt_path", str(first / "last.ckpt"), "--data", "LabelledDNA", *DATA[2:]])
+    found = []
+    for version in (first, first.with_name("version_1")):
+        text = (version / "metrics.csv").read_text().splitlines()
+        found.append([row for row in csv.DictReader(text) if row["val/nll"]][-1])
+    two, one = found
+    for name in ("val/nll", "val/accuracy", "val/mcc", "val/auroc"):
+        assert float(two[name]) == pytest.approx(float(one[name]), rel=1e-4)
+    with (first / "confusion.csv").open(newline="") as file:
+        (_, *rows) = csv.reader(file)
+    counted = sum(int(n) for row in rows for n in row[1:])
+    right = sum(int(row[1 + i]) for i, row in enumerate(rows))
+    assert right / counted == pytest.approx(float(one["val/accuracy"]), rel=1e-5)
