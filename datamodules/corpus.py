@@ -25,7 +25,16 @@ from statezoo.datamodules.readers import Source
 from statezoo.datamodules.records import Report
 from statezoo.datamodules.tokenizers import Tokenizer
 
-__all__ = ["SPLITS", "RawText", "Tokens", "cache_folder", "cut_text", "read_text", "tokenize"]
+__all__ = [
+    "SPLITS",
+    "RawText",
+    "Tokens",
+    "cache_folder",
+    "cached",
+    "cut_text",
+    "read_text",
+    "tokenize",
+]
 
 FORMAT = 1  # part of every key: raise it when the files or the readers change
 SPLITS = ("", "train", "val", "test")
@@ -77,7 +86,7 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps([FORMAT, *parts]).encode()).hexdigest()[:32]
 
 
-def _folder(kind: str, key: str, write: Callable[[Path], None]) -> Path:
+def cached(kind: str, key: str, write: Callable[[Path], None]) -> Path:
     """The folder of ``key``, written in full before it takes its name."""
     parent = cache_folder() / kind
     done = parent / key
@@ -167,7 +176,7 @@ def read_text(source: Source, max_bytes: int | None = None) -> RawText:
         np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
         (folder / "skipped.json").write_text(json.dumps(report), encoding="utf-8")
 
-    folder = _folder("text", key, write)
+    folder = cached("text", key, write)
     bounds, splits, hashes = (
         np.load(folder / f"{name}.npy") for name in ("bounds", "splits", "hashes")
     )
@@ -200,7 +209,7 @@ def tokenize(raw: RawText, bounds: NDArray[np.int64], tokenizer: Tokenizer) -> T
         np.save(folder / "bounds.npy", np.array(starts, dtype=np.int64))
 
     cut = hashlib.sha256(bounds.tobytes()).hexdigest()
-    folder = _folder("tokens", _hash(raw.key, tokenizer.fingerprint, cut), write)
+    folder = cached("tokens", _hash(raw.key, tokenizer.fingerprint, cut), write)
     return Tokens(
         TokenFile(folder / "ids.npy"),
         TokenFile(folder / "lengths.npy"),

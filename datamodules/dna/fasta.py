@@ -19,8 +19,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from statezoo.datamodules.corpus import _folder as cached
-from statezoo.datamodules.corpus import cache_folder
+from statezoo.datamodules.corpus import cache_folder, cached
 from statezoo.datamodules.dna.index import (
     Contig,
     UnevenLines,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from statezoo.datamodules.corpus import _folder as cached
+from statezoo.datamodules.corpus import cached
 from statezoo.datamodules.dna.fasta import Genome
 from statezoo.datamodules.dna.intervals import Region, subtract
 from statezoo.datamodules.dna.sequence import Composition, check_letters, composition

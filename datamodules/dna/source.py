@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from statezoo.datamodules.corpus import _folder as cached
+from statezoo.datamodules.corpus import cached
 from statezoo.datamodules.dna.fasta import FASTA_ENDINGS, Genome, is_fasta
 from statezoo.datamodules.readers import HUB_NAME, source_for
 from statezoo.datamodules.records import Report

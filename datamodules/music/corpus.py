@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from statezoo.datamodules.corpus import _folder as cached
 from statezoo.datamodules.corpus import _hash as key_of
+from statezoo.datamodules.corpus import cached
 from statezoo.datamodules.music.base import MusicTokenizer
 from statezoo.datamodules.music.notes import Piece, TrackInfo
 from statezoo.datamodules.music.readers import MusicSource, Skipped
