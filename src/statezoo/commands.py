@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
+from statezoo.explain import explain
 from statezoo.listing import listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
@@ -118,6 +119,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "export": export,
     "convert": convert,
+    "explain": explain,
     "list": list_parts,
     "tokenizer train": train_tokenizer,
 }

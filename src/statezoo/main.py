@@ -17,6 +17,7 @@ usage: statezoo COMMAND [settings]
   test        the same on the test split
   predict     write the likelihood of each sequence to predictions.csv
   generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
+  explain     draw decay, writes, memory length and attention on an input
   export      write a checkpoint as a Hugging Face folder
   convert     read a public checkpoint of another library, or write Mamba for transformers
   tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER
