@@ -24,10 +24,11 @@ SHORT = 512
 class LengthWarmup(Callback):
     """Train on short windows first and double their length until it is the data's ``seq_len``.
 
-    The tokens of a batch stay the same: ``batch_size`` is that of the longest windows, shorter ones
-    are more. The data are read anew at each stage, in an order of its own that depends on the
-    data's ``seed``; a run resumes in the middle of a stage as in any other place. The schedule of
-    the learning rate goes on, validation is at full length throughout.
+    The tokens of a batch stay the same (the last of an epoch may be smaller): ``batch_size`` is
+    that of the longest windows, shorter ones are more. The data are read anew at each stage, in an
+    order of its own that depends on the data's ``seed``; a run resumes in the middle of a stage as
+    in any other place. The schedule of the learning rate goes on, validation is at full length
+    throughout.
 
     Before the first step the memory of each stage is estimated and told, and the run refused where
     one does not fit. Needs data that is read in windows: Text, DNA.
@@ -68,7 +69,7 @@ class LengthWarmup(Callback):
                 f"LengthWarmup needs a data module that is read in windows, Text or DNA, got "
                 f"{kind}: leave the callback out."
             )
-        if trainer.overfit_batches:
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
             raise ValueError(
                 "LengthWarmup needs the whole data: leave trainer.overfit_batches or the callback "
                 "out."
@@ -78,7 +79,8 @@ class LengthWarmup(Callback):
         data.at_length(data.seq_len)
         data.warmup = warmup
         last, steps = self.stages[-1], trainer.max_steps
-        if 0 < steps <= last.first_step and not trainer.fast_dev_run:
+        tried = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if 0 < steps <= last.first_step and not tried:
             rank_zero_warn(
                 f"LengthWarmup: windows of seq_len={last.seq_len} begin at step {last.first_step}, "
                 f"the run ends at step {steps}: raise trainer.max_steps, or lower steps_per_stage."
