@@ -23,6 +23,8 @@ SYMBOL_INCHES = 0.13
 WIDTH = (8.0, 24.0)
 MAPS = 8
 """Attention maps side by side."""
+MANY = 64
+"""Heads of a layer above which they are drawn in the order of their memory lengths."""
 BEYOND = 10
 """Memory lengths above so many times the input have one colour."""
 TITLES = {
@@ -76,6 +78,24 @@ def save(seen: Sequence[Seen], symbols: Sequence[str], name: str, folder: Path) 
 def _values(s: Seen, quantity: str) -> Array:
     found: Array = getattr(s, quantity).float().cpu().numpy()
     return found
+
+
+def _sorted(s: Seen) -> bool:
+    """Whether heads are drawn from short memory to long."""
+    return s.decay is not None and s.memories == 1 and len(s.decay) > MANY
+
+
+def _rows(s: Seen, quantity: str) -> Array:
+    """Return values as drawn: NaN, drawn grey, where a memory is passed by and does nothing."""
+    values = _values(s, quantity).copy()
+    if quantity != "router" and _sorted(s):
+        return values[np.argsort(np.median(_values(s, "memory"), axis=-1), kind="stable")]
+    if s.router is not None and quantity in ("decay", "write"):
+        shares = _values(s, "router")
+        own = len(values) // s.memories
+        passed = np.repeat(shares == 0, own, axis=0)
+        values[-len(passed) :][passed] = np.nan
+    return values
 
 
 def _arrays(quantity: str, seen: Sequence[Seen], symbols: Sequence[str]) -> dict[str, Any]:
@@ -139,7 +159,7 @@ def _draw_rows(
     path: Path, quantity: str, seen: Sequence[Seen], symbols: Sequence[str], title: str
 ) -> None:
     """Draw a panel for each layer: heads downwards, positions to the right."""
-    each = [_values(s, quantity) for s in seen]
+    each = [_rows(s, quantity) for s in seen]
     T = len(symbols)
     heights = [min(max(0.17 * len(values), 0.62), 2.4) for values in each]
     ticks = _ticks(symbols)
@@ -152,13 +172,13 @@ def _draw_rows(
         scale = shared or _scale(quantity, [values], [s], T)
         image = axis.imshow(values, aspect="auto", interpolation=_smooth(values), **scale)
         _label_heads(axis, quantity, s, values)
+        _label_positions(axis.xaxis, symbols, ticks)
         if shared is None:
             figure.colorbar(image, ax=axis, label=s.write_is, pad=0.01, aspect=8)
     if shared is not None:
         extend = "both" if quantity == "memory" else "neither"
         label = {"decay": "part kept", "memory": "tokens", "router": "weight"}[quantity]
-        figure.colorbar(image, ax=list(axes), label=label, extend=extend, pad=0.01, aspect=30)
-    _label_positions(axes[-1].xaxis, symbols, ticks)
+        _bar(figure, image, axes, label, extend)
     figure.suptitle(title, fontsize=10)
     _write(figure, path)
 
@@ -173,19 +193,21 @@ def _scale(quantity: str, each: Sequence[Array], seen: Sequence[Seen], T: int) -
         return {"cmap": colours, "norm": LogNorm(1, BEYOND * max(T, 2))}
     if quantity == "router":
         return {"cmap": "Blues", "vmin": 0.0, "vmax": 1.0}
-    flat = np.concatenate([values.ravel() for values in each])
+    flat = np.concatenate([values[~np.isnan(values)] for values in each])
+    name = "magma" if quantity == "decay" else "Oranges"
+    colours = matplotlib.colormaps[name].with_extremes(bad="#d9d9d9")
     if quantity == "decay":
         low = float(np.quantile(flat, 0.01))
-        return {"cmap": "magma", "vmin": min(low, 0.99), "vmax": 1.0}
+        return {"cmap": colours, "vmin": min(low, 0.99), "vmax": 1.0}
     most = float(np.quantile(flat, 0.99)) or 1.0
     if seen[0].write_is == "beta":
         most = 1.0 if flat.max() <= 1 else 2.0
-    return {"cmap": "cividis", "vmin": 0.0, "vmax": most}
+    return {"cmap": colours, "vmin": 0.0, "vmax": most}
 
 
 def _smooth(values: Array) -> str:
     """Average rows where there are more of them than the picture has lines."""
-    return "antialiased" if len(values) > 64 else "nearest"
+    return "antialiased" if len(values) > MANY else "nearest"
 
 
 def _label_heads(axis: Any, quantity: str, s: Seen, values: Array) -> None:
@@ -203,6 +225,9 @@ def _label_heads(axis: Any, quantity: str, s: Seen, values: Array) -> None:
                         [f"memory {m}" for m in range(s.memories)])  # fmt: skip
         for m in range(1, s.memories):
             axis.axhline(own * m - 0.5, color="white", linewidth=0.8)
+    elif _sorted(s):
+        axis.set_yticks([0, n - 1], ["shortest", "longest"])
+        axis.set_ylabel(f"{n} heads, by memory", fontsize=6)
     else:
         step = max(1, -(-n // 8))
         axis.set_yticks(range(0, n, step), [f"head {h}" for h in range(0, n, step)])
@@ -227,14 +252,14 @@ def _draw_maps(
     axes = figure.subplots(sum(rows), columns, squeeze=False, sharex=True, sharey=True)
     for axis in axes.flat:
         axis.set_visible(False)
+    weights = np.concatenate([values[values > 0] for values in each])
+    norm = PowerNorm(0.5, 0, float(np.quantile(weights, 0.99)))
     image, place = None, 0
     for number, (s, h, weights) in enumerate(maps):
         place += (-place) % columns if h == 0 and number else 0
         axis = axes.flat[place]
         axis.set_visible(True)
-        image = axis.imshow(
-            weights, cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="antialiased"
-        )
+        image = axis.imshow(weights, cmap="Greys", norm=norm, interpolation="antialiased")
         name = ", ".join(filter(None, (f"layer {s.layer}: {s.mixer}", s.view)))
         axis.set_title(
             f"{name}\nhead {h}" if h % columns == 0 else f"head {h}", fontsize=7, loc="left", pad=2
@@ -242,7 +267,7 @@ def _draw_maps(
         _label_positions(axis.xaxis, symbols, ticks)
         _label_positions(axis.yaxis, symbols, ticks)
         place += 1
-    figure.colorbar(image, ax=axes, label="weight", pad=0.01, aspect=30)
+    _bar(figure, image, axes, "weight", "max")
     figure.suptitle(title, fontsize=10)
     _write(figure, path)
 
@@ -270,6 +295,15 @@ def _label_positions(axis: Any, symbols: Sequence[str], ticks: tuple[list[int], 
     axis.set_tick_params(length=0 if len(positions) == len(symbols) else 2)
     if longest > 2 and axis.axis_name == "x":
         axis.set_tick_params(rotation=90)
+
+
+def _bar(figure: Any, image: Any, axes: Any, label: str, extend: str) -> None:
+    """Draw the scale that all panels share, at most so long that one sees it at once."""
+    part = min(1.0, 4.0 / figure.get_size_inches()[1])
+    figure.colorbar(
+        image, ax=list(np.ravel(axes)), label=label, extend=extend, extendfrac=0.04, pad=0.01,
+        fraction=0.04, aspect=25, shrink=part, anchor=(0.0, 1.0),
+    )  # fmt: skip
 
 
 def _figure(width: float, height: float) -> Any:
