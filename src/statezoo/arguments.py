@@ -102,7 +102,7 @@ def find_config(name: str) -> str:
         name = f"{name}.yaml" if "." not in Path(name).name else name
     from importlib.resources import files
 
-    shipped = {f.name: f for f in walk(files("statezoo") / "configs") if f.name.endswith(".yaml")}
+    shipped = {path: file for path, file in walk(files("statezoo") / "configs") if _is_yaml(path)}
     if name in shipped:
         return str(shipped[name])
     raise ValueError(f"no config {name!r}{nearest(name, shipped)}; statezoo list shows ours")

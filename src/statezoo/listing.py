@@ -115,8 +115,8 @@ def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
 def configs() -> tuple[list[Preset], list[tuple[str, str]]]:
     """Return the presets among the shipped configs, and the others with their first comment."""
     presets, others = [], []
-    for file in walk(files("statezoo") / "configs"):
-        name, _, ending = file.name.rpartition(".")
+    for path, file in walk(files("statezoo") / "configs"):
+        name, _, ending = path.rpartition(".")
         if ending != "yaml":
             continue
         text = file.read_text(encoding="utf-8")
@@ -141,19 +141,19 @@ def read(name: str, text: str) -> Preset | None:
     return Preset(name, model[1], what or title, paper and f"arXiv:{paper}", cells)
 
 
-def walk(folder: Traversable) -> Iterator[Traversable]:
-    """Yield the files of a folder and of those in it."""
+def walk(folder: Traversable, within: str = "") -> Iterator[tuple[str, Traversable]]:
+    """Yield the files of a folder and of those in it, each after its path from the folder."""
     for entry in folder.iterdir():
         if entry.is_dir():
-            yield from walk(entry)
+            yield from walk(entry, f"{within}{entry.name}/")
         else:
-            yield entry
+            yield within + entry.name, entry
 
 
 def classes(part: str, base: str) -> Iterator[tuple[str, str]]:
     """Yield the classes of a part of the library, with the first line of their documentation."""
-    for file in (files("statezoo") / part).iterdir():
-        if not file.name.endswith(".py"):
+    for path, file in walk(files("statezoo") / part):
+        if not path.endswith(".py"):
             continue
         source = file.read_text(encoding="utf-8")
         if f"{base})" not in source:

@@ -213,7 +213,7 @@ def test_weights_that_began_with_the_same_music_are_refused(tmp_path):
     )
     trained = jsb.trained_on(folder / "best.ckpt", {})
     assert trained.bach
-    with pytest.raises(jsb.Contaminated, match="statezoo fit --config jsb_frames"):
+    with pytest.raises(jsb.Contaminated, match="statezoo fit --config music/jsb_frames"):
         jsb.refuse_bach("x", trained)
 
 
@@ -275,7 +275,7 @@ def test_training_with_the_shipped_config_and_going_on(root, tmp_path, monkeypat
     assert calls[1][-2:] == ["--ckpt_path", str(tmp_path / "table/runs/frames-gla-20-0")]
     bench_module.train("frames", "gla", file, **given)
     assert len(calls) == 2
-    assert calls[0][:3] == ["fit", "--config", "jsb_frames.yaml"]
+    assert calls[0][:3] == ["fit", "--config", "music/jsb_frames.yaml"]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from statezoo.music.jsb import FRAMES, PUBLISHED, TOKENS
 
 __all__ = ["bench"]
 
-CONFIGS = {FRAMES: "jsb_frames.yaml", TOKENS: "jsb_satb.yaml"}
+CONFIGS = {FRAMES: "music/jsb_frames.yaml", TOKENS: "music/jsb_satb.yaml"}
 COLUMNS = {
     FRAMES: ("valid", "test"),
     TOKENS: ("valid", "test", "valid on beat", "test on beat"),
@@ -42,8 +42,8 @@ def bench(
         root: Folder with jsb-chorales-quarter.json or jsb_quarter_roll.json (frames), and with
             Jsb16thSeparated.json or jsb_16th_satb.json (tokens), or these with .gz.
         models: Checkpoints, folders of runs or exported folders, separated by commas.
-        mixers: Architectures to train first with the shipped configs jsb_frames and jsb_satb,
-            separated by commas; + joins those of a hybrid.
+        mixers: Architectures to train first with the shipped configs music/jsb_frames and
+            music/jsb_satb, separated by commas; + joins those of a hybrid.
         task: What ``mixers`` are trained for.
         steps: Optimiser steps of that training; 0 takes the config's.
         seed: Of that training.

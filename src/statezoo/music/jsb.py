@@ -126,7 +126,7 @@ def refuse_bach(name: str, trained: Trained) -> None:
             f"{name} was trained on the Bach chorales of music21, which are the same music: 68 of "
             "the 77 pieces of the JSB test, and 60 of the 76 of its validation, share more than a "
             "tenth of their passages with them. Train on the JSB training split instead: "
-            "statezoo fit --config jsb_frames, or jsb_satb."
+            "statezoo fit --config music/jsb_frames, or music/jsb_satb."
         )
 
 
