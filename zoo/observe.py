@@ -245,7 +245,7 @@ class _Notes:
         def lay(y: Tensor) -> Tensor:
             full = y.new_zeros(self.rows * self.T, n, *y.shape[2:])
             full[token, route.memory] = y[0]
-            return full.unflatten(0, (self.rows, self.T)).flatten(2, 3)
+            return cast(Tensor, full.unflatten(0, (self.rows, self.T))).flatten(2, 3)
 
         return Gates(lay(gates.g), lay(gates.write), gates.write_is)
 
@@ -253,7 +253,8 @@ class _Notes:
         """Return the weights ``[B M T]`` of the memories that there is a choice of."""
         memory, weight = cast(tuple[Tensor, ...], self.chosen)
         full = weight.new_zeros(len(weight), mixer.n).scatter(1, memory, weight)
-        return full[:, mixer.shared :].unflatten(0, (self.rows, self.T)).transpose(1, 2)
+        shares: Tensor = full[:, mixer.shared :].unflatten(0, (self.rows, self.T))
+        return shares.transpose(1, 2)
 
 
 class _Watch:

@@ -65,7 +65,7 @@ def save(seen: Sequence[Seen], symbols: Sequence[str], name: str, folder: Path) 
         draw(picture, quantity, having, symbols, f"{TITLES[quantity]} ({name})")
         pictures.append(picture)
         numbers.append(folder / f"{quantity}.npz")
-        np.savez_compressed(numbers[-1], **_arrays(quantity, having, symbols))  # type: ignore[arg-type]
+        np.savez_compressed(numbers[-1], **_arrays(quantity, having, symbols))
     summary = folder / "summary.csv"
     with summary.open("w", newline="", encoding="utf-8") as file:
         rows = [row for s in seen for row in _summary(s)]
@@ -163,7 +163,7 @@ def _draw_rows(
     T = len(symbols)
     heights = [min(max(0.17 * len(values), 0.62), 2.4) for values in each]
     ticks = _ticks(symbols)
-    width = min(max(WIDTH[0], SYMBOL_INCHES * T + 2.2 if ticks[1] else 0.0), WIDTH[1])
+    width = min(max(WIDTH[0], SYMBOL_INCHES * T + 2.2 if len(ticks[0]) == T else 12.0), WIDTH[1])
     figure = _figure(width, sum(heights) + 0.3 * len(each) + 1.2)
     axes = figure.subplots(len(each), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     shared = None if quantity == "write" else _scale(quantity, each, seen, T)
@@ -247,7 +247,7 @@ def _draw_maps(
     rows = [-(-len(values) // columns) for values in each]
     T = len(symbols)
     ticks = _ticks(symbols, most=40)
-    size = min(max(2.0, 0.12 * T if ticks[1] else 0.0), 5.0)
+    size = min(max(2.0, 0.12 * T if len(ticks[0]) == T else 2.0), 5.0)
     figure = _figure(max(size * columns + 1.4, 5.0), (size + 0.45) * sum(rows) + 0.7)
     axes = figure.subplots(sum(rows), columns, squeeze=False, sharex=True, sharey=True)
     for axis in axes.flat:
