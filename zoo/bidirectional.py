@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from statezoo.kernels._varlen import check_bounds, check_packing, segment_ids
+from statezoo.zoo.initial_state import InitialState, begin
 from statezoo.zoo.mixer import Mixer
 
 
@@ -59,21 +60,28 @@ class Reversal:
 
 
 def both_ways(
-    mixer: Mixer, back: Mixer | None, x: Tensor, cu_seqlens: Tensor | None, reversal: Reversal
+    mixer: Mixer,
+    back: Mixer | None,
+    learnt: tuple[InitialState | None, InitialState | None],
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    reversal: Reversal,
 ) -> Tensor:
     """Mix ``x [B T D]`` along time in both directions.
 
     Args:
         mixer: Runs forward in time.
         back: Runs backward; ``None`` if ``mixer`` does both, in one call on twice the sequences.
+        learnt: Learnt initial states of the two.
         x: The stream after its norm.
         cu_seqlens: Bounds of packed sequences.
         reversal: The reversal of sequences such as ``x``.
     """
     if back is None:
-        both, _ = mixer(reversal.join(x, reversal(x)), None, reversal.doubled)
+        twice = reversal.join(x, reversal(x))
+        both, _ = mixer(twice, begin(learnt[0], twice, reversal.doubled), reversal.doubled)
         ahead, behind = reversal.split(both)
     else:
-        ahead, _ = mixer(x, None, cu_seqlens)
-        behind, _ = back(reversal(x), None, cu_seqlens)
+        ahead, _ = mixer(x, begin(learnt[0], x, cu_seqlens), cu_seqlens)
+        behind, _ = back(reversal(x), begin(learnt[1], x, cu_seqlens), cu_seqlens)
     return (ahead + reversal(behind)) / 2

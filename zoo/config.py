@@ -41,6 +41,9 @@ class StateZooConfig(PreTrainedConfig):
         tie_directions: Whether both directions share their weights.
         complement: The complement of every token, for a net that reads both strands and is
             equivariant under reverse complement, see :mod:`statezoo.zoo.strands`.
+        initial_states: How many outer products make up the learnt state of each head before the
+            first token, 0 for whole matrices, see :mod:`statezoo.zoo.initial_state`; by default
+            states start empty.
         pooling: How a classifier sums up a sequence: by the mean over its tokens, or by the last.
         num_labels: Number of classes of a classifier, or of numbers that it predicts; default 2.
         id2label: Their names, by number.
@@ -74,6 +77,7 @@ class StateZooConfig(PreTrainedConfig):
     bidirectional: bool = False
     tie_directions: bool = True
     complement: list[int] | None = None
+    initial_states: int | None = None
     pooling: Literal["mean", "last"] = "mean"
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -120,6 +124,8 @@ class StateZooConfig(PreTrainedConfig):
                 "tie_directions: false gives the backward direction weights of its own, so it "
                 "needs bidirectional: true."
             )
+        if self.initial_states is not None and self.initial_states < 0:
+            raise ValueError(f"initial_states must be at least 0, got {self.initial_states}.")
         if self.complement is not None:
             _check_complement(self.complement, self.vocab_size)
 

@@ -78,7 +78,8 @@ class Liger(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, LigerState | None]:
         """Mix ``x [B T D]`` along time, continuing from ``state``."""
-        S, (past, seen) = state or (None, (None, None))
+        S, window = state or (None, None)
+        past, seen = window or (None, None)
         q, k, v = (
             y.unflatten(-1, (-1, self.width))
             for y in (self.q_proj(x), self.k_proj(x), self.v_proj(x))

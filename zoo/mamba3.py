@@ -105,7 +105,8 @@ class Mamba3(Mixer):
         )  # [B T H K]
         dt = F.softplus(dt + self.dt_bias)
         g = -dt * torch.where(a >= 0, 1 + a, 1 / (1 + a.abs())).clamp(min=1e-4)
-        S, k0, v0, angle0 = state or self.initial_state(n_sequences(x, cu_seqlens), v)
+        empty = self.initial_state(n_sequences(x, cu_seqlens), v)
+        S, k0, v0, angle0 = map(_or, state or empty, empty)
         turn = pi * dt[..., None] * omega.tanh()[..., None, :]  # [B T H turns]
         angle = running_sum(turn, angle0, cu_seqlens, self.backend)
         q, k = rotate_pairs(q, angle), rotate_pairs(k, angle)
@@ -139,6 +140,10 @@ class Mamba3(Mixer):
         (H, _, K), V = self.B_bias.shape, self.head_dim
         dtype = torch.promote_types(self.in_proj.weight.dtype, torch.float32)
         return state_bytes(H, K * V + K + V + self.turns, dtype=dtype)
+
+
+def _or(x: Tensor | None, empty: Tensor) -> Tensor:
+    return empty if x is None else x
 
 
 def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:

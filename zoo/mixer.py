@@ -34,6 +34,7 @@ class Mixer(nn.Module):
         read_width: Leading outputs of a writing projection that are for ``read_out`` alone.
         observable: Whether it mixes by a recurrence or attention of ``kernels/``, so that
             ``zoo/observe.py`` sees what it does.
+        learnable: Parts of the state that may be learnt for the time before the first token.
         auxiliary: What the last forward pass in training mode had to say beside its output, in
             scalars or vectors to be logged; ``"loss"`` is added to the training loss.
     """
@@ -43,6 +44,7 @@ class Mixer(nn.Module):
     writes: ClassVar[tuple[str, ...]] = ()
     read_width: int = 0
     observable: ClassVar[bool] = True
+    learnable: tuple[str, ...] = ("S", "conv")
     layer: int = 0
     auxiliary: dict[str, Tensor] | None = None
 
@@ -72,7 +74,8 @@ class Mixer(nn.Module):
 
         Args:
             x: The stream after its norm.
-            state: What an earlier call returned; ``None`` at the start of the sequences.
+            state: What an earlier call returned; ``None`` at the start of the sequences, as may be
+                any part of it then.
             cu_seqlens: Bounds ``[N+1]`` of sequences packed along ``T``; then ``B = 1``.
 
         Returns:

@@ -15,6 +15,7 @@ from statezoo.zoo.bidirectional import Reversal, both_ways
 from statezoo.zoo.cache import states_of
 from statezoo.zoo.channel import CHANNELS
 from statezoo.zoo.config import StateZooConfig
+from statezoo.zoo.initial_state import begin, learnt_state
 from statezoo.zoo.loss import IGNORE, mean_loss, next_tokens
 from statezoo.zoo.mixer import Mixer, State, build_mixer
 from statezoo.zoo.norm import RMSNorm
@@ -52,6 +53,10 @@ class Block(GradientCheckpointingLayer):
         self.mixer_back: Mixer | None = None
         if config.bidirectional and not config.tie_directions:
             self.mixer_back = build_mixer(mixer, config.d_model)
+        rank = config.initial_states
+        self.initial_state = learnt_state(mixer, config.d_model, rank)
+        back = None if self.mixer_back is None else rank
+        self.initial_state_back = learnt_state(mixer, config.d_model, back)
         self.channel: nn.Module | None = None
         if config.channel is not None:
             self.channel_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -66,14 +71,21 @@ class Block(GradientCheckpointingLayer):
     ) -> tuple[Tensor, State]:
         """Transform the stream ``x [B T D]``; under autocast it stays in the weights' dtype."""
         y = self.mixer_norm(x)
+        learnt = self.initial_state, self.initial_state_back
         if reversal is None:
+            state = begin(learnt[0], y, cu_seqlens) if state is None else state
             y, state = self.mixer(y, state, cu_seqlens)
         else:
-            y = both_ways(self.mixer, self.mixer_back, y, cu_seqlens, reversal)
+            y = both_ways(self.mixer, self.mixer_back, learnt, y, cu_seqlens, reversal)
         x = x + y
         if self.channel is not None:
             x = x + self.channel(self.channel_norm(x))
         return x, state
+
+    def first_state(self, n: int, like: Tensor) -> State:
+        """Return the state of ``n`` sequences before their first token, whole, for a cache."""
+        state = self.mixer.initial_state(n, like)
+        return state if self.initial_state is None else self.initial_state(n, state)
 
 
 class StateZooPreTrainedModel(PreTrainedModel):
@@ -85,7 +97,7 @@ class StateZooPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True
-    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "bound_bias"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["A_log", "dt_bias", "bound_bias", "initial_state"]  # noqa: RUF012
 
     def _init_weights(self, module: nn.Module) -> None:
         """Give a module its initial values, children before parents."""
@@ -271,8 +283,7 @@ class StateZooModel(StateZooPreTrainedModel):
             if layer is None:
                 x, _ = block(x, None, cu_seqlens, reversal)
                 continue
-            mixer = cast(Mixer, block.mixer)
-            state = mixer.initial_state(n, x) if layer.state is None else layer.state
+            state = cast(Block, block).first_state(n, x) if layer.state is None else layer.state
             x, state = block(x, state, cu_seqlens)
             layer.put(state, T)
         return [*streams, self.norm(x)]

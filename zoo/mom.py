@@ -77,6 +77,7 @@ class MoM(Mixer):
                 common = self.inner.read_width if writes else 0
                 n = self.n if writes and not single_kv else 1
                 setattr(self.inner, name, for_each_memory(projection, n, common))
+        self.learnable = self.inner.learnable
 
     @classmethod
     def complete(cls, settings: dict[str, Any]) -> dict[str, Any]:

@@ -84,17 +84,23 @@ class EachMemory(nn.Linear):
         if getattr(linear, "_is_hf_initialized", False):
             init.keep(self)
 
-    def forward(self, x: Tensor | Slots) -> Tensor:
-        """Project the tokens for the memories that they go to, or the stream for none of them."""
-        if isinstance(x, Slots):
-            return x.pick(self.all(x.x))
-        bias = None if self.bias is None else self.bias[: self.common]
-        return F.linear(x, self.weight[: self.common], bias)
+    def forward(self, x: Tensor | Slots, weight: Tensor | None = None) -> Tensor:
+        """Project the tokens for the memories that they go to, or the stream for none of them.
 
-    def all(self, x: Tensor) -> Tensor:
+        Args:
+            x: Tokens in their slots, or the stream.
+            weight: That of an update of this map, which has no bias, to take instead.
+        """
+        if isinstance(x, Slots):
+            return x.pick(self.all(x.x, weight))
+        bias = None if self.bias is None or weight is not None else self.bias[: self.common]
+        weight = self.weight if weight is None else weight
+        return F.linear(x, weight[: self.common], bias)
+
+    def all(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Project ``x [1 T D]``, or one per memory ``[1 T n D]``, for all of them ``[1 T n *]``."""
-        weight = self.weight[self.common :]
-        bias = None if self.bias is None else self.bias[self.common :]
+        bias = None if self.bias is None or weight is not None else self.bias[self.common :]
+        weight = (self.weight if weight is None else weight)[self.common :]
         if x.ndim == 3:
             y = F.linear(x, weight, bias).unflatten(-1, (self.n, -1))
         else:

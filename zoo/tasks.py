@@ -301,6 +301,7 @@ def with_head(
     wanted = new.state_dict()
     for name in wanted.keys() - old.keys():
         ahead = name.replace(".mixer_back.", ".mixer.")
+        ahead = ahead.replace(".initial_state_back.", ".initial_state.")
         if ahead in old:
             old[name] = old[ahead]
     fits = {k: x for k, x in old.items() if k in wanted and x.shape == wanted[k].shape}
