@@ -14,8 +14,11 @@ from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
+from statezoo.lightning_modules import checkpoint as ckpt
+from statezoo.lightning_modules.adapter import save_adapter
 from statezoo.lightning_modules.network import NETWORKS, export, load_network
 from statezoo.lightning_modules.task import Task
+from statezoo.lightning_modules.tuning import plain_network
 
 log = logging.getLogger(__name__)
 
@@ -209,6 +212,8 @@ def draw_losses(source: Path, target: Path, scored: str = "token") -> None:
 class ExportHub(Callback):
     """Write the best network and the tokenizer as a Hub folder at the end of a fit.
 
+    Where a part of pretrained weights was trained, what was trained is written to ``adapter`` too.
+
     Args:
         folder: Name of the folder inside the run's folder.
     """
@@ -234,8 +239,11 @@ class ExportHub(Callback):
             score = getattr(trainer.checkpoint_callback, "best_score", None)
             metrics = {k: v for k, v in metrics.items() if score == metrics.get("val/nll")}
         else:
-            net = pl_module.net
+            net = plain_network(pl_module.net, pl_module.tune, pl_module.adapter)
         export(net, target, pl_module.tokenizer_files, extra=metrics or None)
+        if pl_module.tune != "full":
+            found = ckpt.module_weights(ckpt.read(best)) if Path(best).is_file() else None
+            save_adapter(pl_module, target.with_name("adapter"), found)
 
 
 class CompareWithBaselines(Callback):

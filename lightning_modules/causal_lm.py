@@ -14,6 +14,7 @@ from statezoo.lightning_modules.network import build_network
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import GRADIENT_UNIT, OPTIM, Mixers
 from statezoo.lightning_modules.tokens import Reduction, TokenTask
+from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
 from statezoo.zoo import StateZooForCausalLM
 from statezoo.zoo.auxiliary import Auxiliary
 
@@ -41,6 +42,9 @@ class CausalLM(TokenTask):
         tie_embeddings: Read and write symbols with one table.
         optim: Optimiser and schedule.
         pretrained: Checkpoint, Hub folder or Hub name whose weights and shape to start from.
+        tune: What of pretrained weights is trained: all; the ``head`` alone; low-rank updates of
+            all projections in mixers and channel mixers (``lora``); or mixers' initial ``state``.
+        adapter: Settings of ``lora`` and ``state``.
 
     Raises:
         ValueError: If a setting is unknown or out of range, or differs from ``pretrained``'s.
@@ -60,6 +64,8 @@ class CausalLM(TokenTask):
         tie_embeddings: bool = True,
         optim: Optim = OPTIM,
         pretrained: str | None = None,
+        tune: Tune = "full",
+        adapter: Adapter = ADAPTER,
     ) -> None:
         settings = {
             "vocab_size": vocab_size,
@@ -69,8 +75,8 @@ class CausalLM(TokenTask):
             "channel": channel,
             "tie_embeddings": tie_embeddings,
         }
-        net = build_network(StateZooForCausalLM, settings, pretrained, defaults(CausalLM))
-        super().__init__(net, optim, pretrained)
+        net = build_network(StateZooForCausalLM, settings, pretrained, defaults(CausalLM), tune)
+        super().__init__(net, optim, pretrained, tune, adapter)
         self.save_hyperparameters(self.plain_settings())
 
     def scored_nll(self, batch: Batch, reduction: Reduction) -> tuple[Tensor, Auxiliary]:

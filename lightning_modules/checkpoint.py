@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 
+from statezoo.lightning_modules.lora import merge
+
 TOKENS_FILE = "tokenizer.json"
 KEY = "statezoo"
 """Where in the file: ``class_path``, ``network`` (its class), ``config``, ``tokenizer`` files,
-``rng``."""
+``rng``; ``base``, ``tune`` and ``adapter`` of a run from pretrained weights."""
 
 
 class CheckpointError(ValueError):
@@ -78,13 +80,25 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> LightningModu
     return loaded
 
 
-def network_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Return the network's part of a checkpoint's weights, under the network's own names."""
+def module_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the state dict of the module's ``net``, as it was trained."""
     return {
         name.removeprefix("net."): value
         for name, value in content["state_dict"].items()
         if name.startswith("net.")
     }
+
+
+def network_weights(content: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the network's part of a checkpoint's weights, under the network's own names.
+
+    Updates of LoRA are merged.
+    """
+    found = module_weights(content)
+    adapter = content.get(KEY, {}).get("adapter", {})
+    if content.get(KEY, {}).get("tune") != "lora":
+        return found
+    return merge(found, adapter["alpha"], adapter["rank"])
 
 
 def tokenizer_files(data: object) -> dict[str, bytes]:

@@ -29,6 +29,7 @@ from statezoo.lightning_modules.strands import (
     treatment_of,
 )
 from statezoo.lightning_modules.task import OPTIM, Loss, Task
+from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
 from statezoo.zoo import StateZooForSequenceClassification
 from statezoo.zoo.auxiliary import Auxiliary
 
@@ -65,6 +66,9 @@ class SequenceClassifier(Task):
         pretrained: Checkpoint, Hub folder or Hub name whose weights and shape to start from: of a
             language model, causal or masked, or of a classifier. The head is new unless its
             classes are these.
+        tune: What of pretrained weights is trained: all; the ``head`` alone; low-rank updates of
+            all projections in mixers and channel mixers (``lora``); or mixers' initial ``state``.
+        adapter: Settings of ``lora`` and ``state``.
 
     Raises:
         ValueError: If a setting is unknown or out of range, or differs from ``pretrained``'s.
@@ -91,6 +95,8 @@ class SequenceClassifier(Task):
         complement: list[int] | None = None,
         optim: Optim = OPTIM,
         pretrained: str | None = None,
+        tune: Tune = "full",
+        adapter: Adapter = ADAPTER,
     ) -> None:
         name = type(self).__name__
         check_treatment(name, reverse_complement, complement)
@@ -113,8 +119,9 @@ class SequenceClassifier(Task):
             settings,
             pretrained,
             defaults(SequenceClassifier),
+            tune,
         )
-        super().__init__(net, optim, pretrained)
+        super().__init__(net, optim, pretrained, tune, adapter)
         self.class_names = [str(name) for name in dict(net.config.id2label or {}).values()]
         self.reverse_complement, self.complement = treatment_of(
             reverse_complement, complement, net.config.complement

@@ -23,6 +23,7 @@ from statezoo.lightning_modules.strands import (
 )
 from statezoo.lightning_modules.task import OPTIM
 from statezoo.lightning_modules.tokens import Reduction, TokenTask
+from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
 from statezoo.zoo import StateZooForMaskedLM
 from statezoo.zoo.auxiliary import Auxiliary
 
@@ -51,6 +52,9 @@ class MaskedLM(TokenTask):
         optim: Optimiser and schedule.
         pretrained: Checkpoint, Hub folder or Hub name whose weights and shape to start from; one
             of a causal model too.
+        tune: What of pretrained weights is trained: all; the ``head`` alone; low-rank updates of
+            all projections in mixers and channel mixers (``lora``); or mixers' initial ``state``.
+        adapter: Settings of ``lora`` and ``state``.
 
     Raises:
         ValueError: If a setting is unknown or out of range, or differs from ``pretrained``'s.
@@ -74,6 +78,8 @@ class MaskedLM(TokenTask):
         complement: list[int] | None = None,
         optim: Optim = OPTIM,
         pretrained: str | None = None,
+        tune: Tune = "full",
+        adapter: Adapter = ADAPTER,
     ) -> None:
         check_treatment(type(self).__name__, reverse_complement, complement)
         settings = {
@@ -87,8 +93,8 @@ class MaskedLM(TokenTask):
             "tie_directions": tie_directions,
             "complement": complement if reverse_complement == "equivariant" else None,
         }
-        net = build_network(StateZooForMaskedLM, settings, pretrained, defaults(MaskedLM))
-        super().__init__(net, optim, pretrained)
+        net = build_network(StateZooForMaskedLM, settings, pretrained, defaults(MaskedLM), tune)
+        super().__init__(net, optim, pretrained, tune, adapter)
         self.reverse_complement, self.complement = treatment_of(
             reverse_complement, complement, net.config.complement
         )

@@ -31,6 +31,7 @@ def build_network(
     settings: Mapping[str, Any],
     pretrained: str | Path | None = None,
     defaults: Mapping[str, Any] | None = None,
+    tune: str = "full",
 ) -> Net:
     """Return a new network, or one whose body is that of ``pretrained``, and tell what was kept.
 
@@ -43,9 +44,11 @@ def build_network(
         pretrained: Checkpoint, Hub folder or Hub name. Settings left at their defaults are then
             those of the file.
         defaults: What ``settings`` are where no one asked for anything.
+        tune: What is to be trained.
 
     Raises:
-        ValueError: If a setting is wrong, or was set to something that ``pretrained`` has not.
+        ValueError: If a setting is wrong, or was set to something that ``pretrained`` has not; or
+            if the head would be new and not be trained.
     """
     if pretrained is None:
         return kind(StateZooConfig(**_given(settings)))
@@ -53,6 +56,11 @@ def build_network(
     body = _changes(settings, source.config)
     _check_shape({**settings, **body}, source.config, defaults or {}, str(pretrained), body)
     net, told = _adopt(kind, source, settings, body)
+    if tune in ("lora", "state") and hasattr(net, "lm_head") and not hasattr(source, "lm_head"):
+        raise ValueError(
+            f"{str(pretrained)!r} is a {type(source).__name__}, so the head is new, and tune: "
+            f"{tune} would leave it as it is: use tune: full or head."
+        )
     rank_zero_info(f"from {pretrained}: {told}")
     net.train()
     return net

@@ -20,7 +20,7 @@ class Optim:
     Args:
         lr: Learning rate after the warm-up, at least 0.
         weight_decay: Pull of the matrices to zero, times the rate; norms, biases, embeddings,
-            A_log, D and dt_bias are left alone.
+            A_log, D, dt_bias and learnt initial states are left alone.
         betas: Memory of the two gradient averages, each in [0, 1).
         warmup_steps: Steps of rising rate; at most a tenth of all steps is used for it.
         schedule: Rate after the warm-up.
@@ -110,6 +110,8 @@ def decays(name: str, embeddings: set[str], decay_embeddings: bool = False) -> b
     *path, last = name.split(".")
     if name in embeddings:
         return decay_embeddings
+    if "initial_state" in name:
+        return False
     in_norm = any("norm" in part.lower() for part in path[-1:])
     return not (in_norm or last in NOT_DECAYED or last.endswith("_bias"))
 

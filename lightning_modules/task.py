@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from statezoo.datamodules.batch import Batch
 from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.optim import Optim, adamw, rate
+from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune, learn_initial_states, tuned
 from statezoo.zoo.auxiliary import Auxiliary, auxiliary_loss, name_values, take_auxiliary, to_vector
 
 OPTIM = Optim()
@@ -56,6 +57,8 @@ class Task(LightningModule):
         net: The network.
         optim: Optimiser and schedule.
         pretrained: Where the network came from, if it did; data must have the same tokenizer.
+        tune: What of it is trained.
+        adapter: Settings of what is added to it for that.
     """
 
     scored: ClassVar[str] = "token"
@@ -64,11 +67,18 @@ class Task(LightningModule):
     """What the data must be made for; None for anything."""
 
     def __init__(
-        self, net: Any, optim: Optim | Mapping[str, Any], pretrained: str | None = None
+        self,
+        net: Any,
+        optim: Optim | Mapping[str, Any],
+        pretrained: str | None = None,
+        tune: Tune = "full",
+        adapter: Adapter | Mapping[str, Any] = ADAPTER,
     ) -> None:
         super().__init__()
         self.optim = Optim.of(optim)
-        self.net = net
+        self.tune: Tune = tune
+        self.base = None if pretrained is None else str(pretrained)
+        self.net, self.adapter = tuned(net, tune, Adapter.of(adapter))
         self.unit = "byte"
         self.tokenizer_files = ckpt.pretrained_tokenizer(pretrained) if pretrained else {}
         self._window: list[tuple[Tensor, Tensor]] = []  # nats and count of each micro-batch
@@ -92,6 +102,8 @@ class Task(LightningModule):
             "channel": dict(config.channel) if config.channel else None,
             "optim": self.optim.plain(),
             "pretrained": None,
+            "tune": self.tune,
+            "adapter": self.adapter.plain(),
         }
 
     # ------------------------------------------------------------------ loss
@@ -224,8 +236,14 @@ class Task(LightningModule):
 
         Raises:
             ValueError: If the data is made for another task, or for another tokenizer than that
-                of the weights this module started from.
+                of the weights this module started from; or if only a part is to be trained of
+                weights that are fresh.
         """
+        if stage == "fit" and self.tune != "full" and not (self.base or self.trainer.ckpt_path):
+            raise ValueError(
+                f"tune: {self.tune} trains a part of what is trained already, and these weights "
+                "are fresh: give --model.pretrained NAME_OR_PATH, or leave tune at full."
+            )
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_objective(data)
         self.unit = getattr(data, "unit", self.unit)
@@ -276,10 +294,16 @@ class Task(LightningModule):
             "network": type(self.net).__name__,
             "tokenizer": self.tokenizer_files,
             "rng": ckpt.rng_state(),
+            "base": self.base,
+            "tune": self.tune,
+            "adapter": self.adapter.plain(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the tokenizer and the state of the random numbers."""
+        """Take back the tokenizer, the state of the random numbers, and that of the mixers."""
         ours = checkpoint.get(ckpt.KEY, {})
+        self.base = ours.get("base", self.base)
+        if (rank := ours.get("config", {}).get("initial_states")) is not None:
+            learn_initial_states(self.net, rank)  # those of the weights that the run started from
         self.tokenizer_files = ours.get("tokenizer", self.tokenizer_files)
         self._rng = ours.get("rng")

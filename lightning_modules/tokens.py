@@ -12,6 +12,7 @@ from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.lightning_modules.metrics import PerCount
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import Loss, Task
+from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
 from statezoo.zoo.auxiliary import Auxiliary
 
 Reduction = Literal["mean", "sum", "none"]
@@ -29,12 +30,19 @@ class TokenTask(Task):
         net: The network.
         optim: Optimiser and schedule.
         pretrained: Where the network came from, if it did.
+        tune: What of it is trained.
+        adapter: Settings of what is added to it for that.
     """
 
     def __init__(
-        self, net: Any, optim: Optim | Mapping[str, Any], pretrained: str | None = None
+        self,
+        net: Any,
+        optim: Optim | Mapping[str, Any],
+        pretrained: str | None = None,
+        tune: Tune = "full",
+        adapter: Adapter | Mapping[str, Any] = ADAPTER,
     ) -> None:
-        super().__init__(net, optim, pretrained)
+        super().__init__(net, optim, pretrained, tune, adapter)
         stages = ("val", "test")
         self.nll = nn.ModuleDict({stage: PerCount() for stage in stages})
         self.bits = nn.ModuleDict({stage: PerCount(bits=True) for stage in stages})
