@@ -236,14 +236,8 @@ class Task(LightningModule):
 
         Raises:
             ValueError: If the data is made for another task, or for another tokenizer than that
-                of the weights this module started from; or if only a part is to be trained of
-                weights that are fresh.
+                of the weights this module started from.
         """
-        if stage == "fit" and self.tune != "full" and not (self.base or self.trainer.ckpt_path):
-            raise ValueError(
-                f"tune: {self.tune} trains a part of what is trained already, and these weights "
-                "are fresh: give --model.pretrained NAME_OR_PATH, or leave tune at full."
-            )
         data: Any = getattr(self.trainer, "datamodule", None)
         self._check_objective(data)
         self.unit = getattr(data, "unit", self.unit)
@@ -269,6 +263,18 @@ class Task(LightningModule):
             f"{type(self).__name__} needs data made for the {self.objective} objective, {name} is "
             f"made for the {has} one: {hint}."
         )
+
+    def on_fit_start(self) -> None:
+        """Refuse to train a part of weights that are fresh.
+
+        Raises:
+            ValueError: If there is neither ``pretrained`` nor a checkpoint of such a run.
+        """
+        if self.tune != "full" and not self.base:
+            raise ValueError(
+                f"tune: {self.tune} trains a part of what is trained already, and these weights "
+                "are fresh: give --model.pretrained NAME_OR_PATH, or leave tune at full."
+            )
 
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
