@@ -20,7 +20,7 @@ Tune = Literal["full", "head", "lora", "state"]
 
 SHARE = {"lora": 0.05, "state": 0.01}
 """Part of the network's bytes below which an adapter of default rank stays, if any rank does."""
-RANKS = (16, 8, 4, 2, 1)
+RANKS = {"lora": (16, 8, 4, 2, 1), "state": (4, 2, 1)}
 ENTRY = 128
 """Bytes that name and shape of a tensor take in a file."""
 
@@ -30,9 +30,10 @@ class Adapter:
     """What is added to a pretrained network where not all of it is trained.
 
     Args:
-        rank: Width of LoRA's update of each projection; or, for ``tune: state``, outer products in
-            the initial memory of each head, 0 for whole memories. Default: the highest of 16, 8,
-            4, 2 and 1 whose file is below 5 % (LoRA) or 1 % (state) of the network's bytes, else 1.
+        rank: Width of LoRA's update of each projection, by default the highest of 16, 8, 4, 2 and
+            1 whose file is below 5 % of the network's bytes, else 1. Or, for ``tune: state``, outer
+            products in the initial memory of each head, 0 for whole memories; by default the
+            highest of 4, 2 and 1 below 1 %, else 1.
         alpha: LoRA's updates count ``alpha / rank`` times; default is twice the rank.
         dropout: Part of the projections' inputs that training hides from LoRA.
     """
@@ -159,13 +160,13 @@ def own_head(net: StateZooPreTrainedModel) -> tuple[StateZooPreTrainedModel, str
 
 
 def default_rank(net: Any, tune: str) -> int:
-    """Return the highest of ``RANKS`` whose adapter is small enough, else the lowest."""
+    """Return the highest rank whose adapter is small enough, else the lowest."""
     base = sum(p.numel() * p.element_size() for p in net.parameters())
-    for rank in RANKS:
+    for rank in RANKS[tune]:
         sizes = lora_sizes(net, rank) if tune == "lora" else state_sizes(net, rank)
         if sum(4 * n + ENTRY for n in sizes) < SHARE[tune] * base:
             return rank
-    return RANKS[-1]
+    return RANKS[tune][-1]
 
 
 def lora_sizes(net: Any, rank: int) -> list[int]:

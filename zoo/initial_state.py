@@ -2,7 +2,9 @@ r"""Initial states that are learnt: what a net has in mind before it reads the f
 
 They are weights like any other: the same for every sequence of a batch or a pack, and part of what
 ``save_pretrained`` writes, where ``config.initial_states`` is set. At first they change nothing: of
-a matrix :math:`S_0 = \sum_r u_r v_r^\top` the ``v`` are zero, of a whole one all is.
+a matrix :math:`S_0 = \sum_r (c u_r) (c v_r)^\top` the ``v`` are zero, of a whole one,
+:math:`S_0 = c P`, all is. States are larger than weights and fade as they are read, so that they
+have to move far: ``c`` lets them do so at the rates that weights are trained with.
 """
 
 import json
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 
 from statezoo.kernels._varlen import n_sequences
 from statezoo.zoo.mixer import State, build_mixer, name_tensors
+
+SCALE = 100.0
+"""The factor ``c``."""
 
 
 class InitialState(nn.Module):
@@ -47,14 +52,16 @@ class InitialState(nn.Module):
         if not rank or rank * (a + b) >= a * b:
             self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
             return
-        self.register_parameter(f"{name}_u", nn.Parameter(torch.randn(*outer, a, rank)))
+        self.register_parameter(f"{name}_u", nn.Parameter(torch.randn(*outer, a, rank) / SCALE))
         self.register_parameter(f"{name}_v", nn.Parameter(torch.zeros(*outer, rank, b)))
 
     def part(self, name: str) -> Tensor | None:
         """Return a tensor of the state of one sequence; ``None`` if it is not learnt."""
         own = self._parameters
-        left, right = own.get(f"{name}_u"), own.get(f"{name}_v")
-        return own.get(name) if left is None or right is None else left @ right
+        left, right, whole = (own.get(name + end) for end in ("_u", "_v", ""))
+        if left is not None and right is not None:
+            return (SCALE * left) @ (SCALE * right)
+        return whole if whole is None else SCALE * whole
 
     def forward(self, n: int, rest: State = None) -> State:
         """Return the state of ``n`` sequences before their first token.
