@@ -6,6 +6,7 @@
 from typing import Any
 
 from statezoo.lightning_modules import architectures as _architectures
+from statezoo.lightning_modules.adapter import apply_adapter, save_adapter
 from statezoo.lightning_modules.architectures import ARCHITECTURES, Hybrid, architecture
 from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.checkpoint import CheckpointError, load_checkpoint
@@ -16,9 +17,11 @@ from statezoo.lightning_modules.network import export, export_checkpoint, load_n
 from statezoo.lightning_modules.note_frames import NoteFrames
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import Task
+from statezoo.lightning_modules.tuning import Adapter
 
 __all__ = [
     "ARCHITECTURES",
+    "Adapter",
     "CausalLM",
     "CheckpointError",
     "Hybrid",
@@ -28,11 +31,13 @@ __all__ = [
     "Optim",
     "SequenceClassifier",
     "Task",
+    "apply_adapter",
     "architecture",
     "export",
     "export_checkpoint",
     "load_checkpoint",
     "load_network",
+    "save_adapter",
 ]
 
 

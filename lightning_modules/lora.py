@@ -74,15 +74,22 @@ def _each_memory() -> type[nn.Module]:
 
         def forward(self, x: Tensor | Slots, *args: Any, **kwargs: Any) -> Tensor:
             hidden = x._replace(x=self._drop(x.x)) if isinstance(x, Slots) else self._drop(x)
-            y: Tensor = self.base_layer(x)
-            return y + self.base_layer(hidden, self.get_delta_weight(NAME)).to(y.dtype)
+            return self._add(self.base_layer, x, hidden)
 
         def all(self, x: Tensor) -> Tensor:
-            y: Tensor = self.base_layer.all(x)
-            return y + self.base_layer.all(self._drop(x), self.get_delta_weight(NAME)).to(y.dtype)
+            base: Any = self.base_layer
+            return self._add(base.all, x, self._drop(x))
+
+        def _add(self, project: Any, x: Tensor | Slots, hidden: Tensor | Slots) -> Tensor:
+            y: Tensor = project(x)
+            if self.merged or self.disable_adapters:
+                return y
+            update: Tensor = project(hidden, self.get_delta_weight(NAME))
+            return y + update.to(y.dtype)
 
         def _drop(self, x: Tensor) -> Tensor:
-            y: Tensor = self.lora_dropout[NAME](x)
+            dropout: Any = self.lora_dropout[NAME]
+            y: Tensor = dropout(x)
             return y
 
     return LoraEachMemory

@@ -71,7 +71,7 @@ class InitialState(nn.Module):
             rest: What the state is where it is not learnt; ``None`` leaves such parts out, which
                 is as good as long as nobody goes on from the state that comes of it.
         """
-        parts = []
+        parts: list[Any] = []
         for i, field in enumerate(self.kind._fields):
             names = [f"{field}_{j}" for j in range(self.several.get(field, 0))]
             found = [self.part(name) for name in names or [field]]
@@ -80,7 +80,8 @@ class InitialState(nn.Module):
                 parts.append(tuple(each) if names else ())
             else:
                 parts.append(rest[i] if each[0] is None and rest is not None else each[0])
-        return tuple.__new__(self.kind, parts)
+        state: State = tuple.__new__(self.kind, parts)
+        return state
 
 
 def begin(learnt: InitialState | None, x: Tensor, cu_seqlens: Tensor | None) -> State:
