@@ -55,7 +55,8 @@ class SequenceClassifier(Task):
         bidirectional: Run every mixer forward and backward in time; null does as ``pretrained``
             does, and forward only without one.
         tie_directions: Run it with the same weights both ways.
-        pooling: What of the stream says the class: its mean over the tokens, or the last token's.
+        pooling: What of the stream says the class: its mean over the tokens, the last token's, or
+            its ``profile`` along the sequence, for classes that depend on where something stands.
         class_weights: ``balanced`` weighs each sequence in the training loss by the inverse
             frequency of its class in the training split; null weighs all alike.
         reverse_complement: What to do about the other strand of DNA: nothing; ``augment`` reads
@@ -89,7 +90,7 @@ class SequenceClassifier(Task):
         channel: str | dict[str, Any] | None = "swiglu",
         bidirectional: bool | None = None,
         tie_directions: bool = True,
-        pooling: Literal["mean", "last"] = "mean",
+        pooling: Literal["mean", "last", "profile"] = "mean",
         class_weights: Literal["balanced"] | None = None,
         reverse_complement: Treatment = "none",
         complement: list[int] | None = None,

@@ -44,7 +44,8 @@ class StateZooConfig(PreTrainedConfig):
         initial_states: How many outer products make up the learnt state of each head before the
             first token, 0 for whole matrices, see :mod:`statezoo.zoo.initial_state`; by default
             states start empty.
-        pooling: How a classifier sums up a sequence: by the mean over its tokens, or by the last.
+        pooling: How a classifier sums up a sequence: by the mean over its tokens, by the last, or
+            by its ``profile``, which keeps what stands where.
         num_labels: Number of classes of a classifier, or of numbers that it predicts; default 2.
         id2label: Their names, by number.
         label2id: Their numbers, by name; follows from ``id2label``.
@@ -78,7 +79,7 @@ class StateZooConfig(PreTrainedConfig):
     tie_directions: bool = True
     complement: list[int] | None = None
     initial_states: int | None = None
-    pooling: Literal["mean", "last"] = "mean"
+    pooling: Literal["mean", "last", "profile"] = "mean"
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None

@@ -22,7 +22,9 @@ from statezoo.zoo.model import (
 from statezoo.zoo.padding import find_padding
 from statezoo.zoo.strands import head_of_both
 
-Pooling = Literal["mean", "last", "first"]
+Pooling = Literal["mean", "last", "first", "profile"]
+TERMS = 64
+"""Cosines by which a profile describes the course of the stream along a sequence."""
 Net = TypeVar("Net", bound=StateZooPreTrainedModel)
 
 
@@ -131,7 +133,8 @@ class StateZooForSequenceClassification(StateZooPreTrainedModel):
         super().__init__(config)
         self.num_labels = int(config.num_labels or 0)
         self.model = StateZooModel(config)
-        self.score = nn.Linear(config.d_model, self.num_labels)
+        width = config.d_model * (TERMS if config.pooling == "profile" else 1)
+        self.score = nn.Linear(width, self.num_labels)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -186,16 +189,21 @@ class StateZooForSequenceClassification(StateZooPreTrainedModel):
     def pool(
         self, out: StreamOutput, attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
-        """Sum up each sequence as ``[B D]``, the same for both of its strands if both are read."""
+        """Sum up each sequence, the same for both of its strands if both are read.
+
+        Returns:
+            ``[B D]``, or ``[B 64D]`` as a profile.
+        """
         how = self.config.pooling
         if how == "mean" or out.strands is None:
             return pool(cast(Tensor, out.last_hidden_state), attention_mask, cu_seqlens, how)
         ahead, behind = out.strands.chunk(2, -1)  # the last token of the other strand comes first
-        ends = (
-            pool(ahead, attention_mask, cu_seqlens, "last"),
-            pool(behind, attention_mask, cu_seqlens, "first"),
-        )
-        return (ends[0] + ends[1]) / 2
+        one = pool(ahead, attention_mask, cu_seqlens, how)
+        other = pool(behind, attention_mask, cu_seqlens, "first" if how == "last" else how)
+        if how == "profile":  # odd cosines change sign where a sequence is turned round
+            sign = 1 - 2 * (torch.arange(TERMS, device=other.device) % 2)
+            other = (other.unflatten(-1, (TERMS, -1)) * sign[:, None]).flatten(1)
+        return (one + other) / 2
 
     def loss_sum(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Add up the losses of ``logits [B C]``; return the sum and how many there are.
@@ -235,10 +243,13 @@ def pool(
         x: Stream ``[B T D]``.
         attention_mask: 1 for tokens, 0 for padding, anywhere.
         cu_seqlens: Bounds ``[N+1]`` of packed sequences.
-        how: The mean over the tokens, or the last or first of them.
+        how: The mean over the tokens, or the last or first of them, or the ``profile``: the
+            first 64 terms of the orthonormal cosine transform (DCT-II) along the sequence, which
+            tell where in it something stands.
 
     Returns:
-        ``[B D]``, or ``[N D]`` if packed; zero for a sequence without tokens.
+        ``[B D]``, or ``[N D]`` if packed, ``[N 64D]`` as a profile; zero for a sequence without
+        tokens.
     """
     B, T = x.shape[:2]
     padding = find_padding(attention_mask, B, T)
@@ -253,9 +264,26 @@ def pool(
         total = acc.new_zeros(len(cu) - 1, x.shape[-1])
         total = total.index_add(0, segment_ids(cu, len(flat)), acc)
         return (total / cu.diff().clamp(min=1)[:, None]).to(x.dtype)
+    if how == "profile":
+        return _profile(flat, cu)
     at = cu[1:] - 1 if how == "last" else cu[:-1]
     found = F.pad(flat, (0, 0, 0, 1))  # a row of zeros at the end
     return found[at.where(cu.diff() > 0, len(flat))]
+
+
+def _profile(x: Tensor, cu: Tensor) -> Tensor:
+    """Return the first cosine terms of each part of ``x [T D]`` along time, ``[N 64D]``."""
+    lengths, own = cu.diff(), segment_ids(cu, len(x))
+    place = torch.arange(len(x), device=x.device) - cu[own]
+    rows = x.new_zeros(len(lengths), max(1, int(lengths.max())), x.shape[-1])
+    rows = rows.index_put((own, place), x)  # [N T D], each sequence from 0 on
+    acc = torch.promote_types(x.dtype, torch.float32)
+    T = lengths.clamp(min=1)[:, None, None].to(acc)
+    t = torch.arange(rows.shape[1], device=x.device, dtype=acc)[:, None]
+    k = torch.arange(TERMS, device=x.device, dtype=acc)
+    cosines = (torch.pi * k * (t + 0.5) / T).cos() * (2 / T).sqrt()  # [N T k]
+    cosines = torch.where(k == 0, cosines / 2**0.5, cosines) * (k < T) * (t < T)
+    return (cosines.to(x.dtype).mT @ rows).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def test_is_the_mean_of_one_net_on_both_strands(case, ways):
 
 
 @pytest.mark.parametrize("case", KINDS)
-@pytest.mark.parametrize(("pooling", "ways"), [("last", ONE), ("mean", UNTIED)])
+@pytest.mark.parametrize(("pooling", "ways"), [("last", ONE), ("mean", UNTIED), ("profile", ONE)])
 def test_classification_is_invariant(case, pooling, ways):
     net = make(
         case,

@@ -81,7 +81,7 @@ def test_auxiliary_losses_count(kind):
 # ------------------------------------------------------------- one answer per sequence
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "last", "profile"])
 @pytest.mark.parametrize("case", KINDS)
 def test_a_sequence_does_not_notice_its_batch(case, pooling):
     two = {} if pooling == "last" else {"bidirectional": True}
@@ -98,6 +98,18 @@ def test_a_sequence_does_not_notice_its_batch(case, pooling):
     bounds = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
     packed = net(torch.cat(alone, 1), cu_seqlens=bounds).logits
     assert_same(values_and_gradients(net, [packed], [0]), want)
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 70])
+def test_a_profile_is_the_cosine_transform(length):
+    from scipy.fft import dct
+
+    x = torch.randn(1, length, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    want = torch.zeros(64, 3, dtype=torch.float64)
+    found = torch.from_numpy(dct(x[0].numpy(), type=2, norm="ortho", axis=0))[:64]
+    want[: len(found)] = found
+    got = pool(x, how="profile").view(64, 3)
+    torch.testing.assert_close(got, want, atol=1e-10, rtol=0)
 
 
 def test_pools_real_tokens_alone():
