@@ -123,7 +123,8 @@ class NoteFrames(Task):
     def plain_settings(self) -> dict[str, Any]:
         """Return the arguments that build this module again, as plain data."""
         settings = super().plain_settings()
-        del settings["pretrained"]
+        for key in ("pretrained", "tune", "adapter"):  # it always starts anew
+            del settings[key]
         hidden = {"dropout": self.net.dropout, "note_dropout": self.net.note_dropout}
         return {**settings, **hidden}
 

@@ -13,6 +13,7 @@ from statezoo.lightning_modules import (
     CausalLM,
     Hybrid,
     MaskedLM,
+    NoteFrames,
     SequenceClassifier,
     architectures,
     export,
@@ -222,3 +223,9 @@ def test_all_tasks_can_be_tuned(tune, tmp_path):
         again = type(module)(**module.hparams)  # as a checkpoint does
         again.load_state_dict(module.state_dict())
         assert trained(again.net) == trained(module.net)
+
+
+def test_a_task_that_starts_anew_has_no_such_settings():
+    module = NoteFrames(vocab_size=4, d_model=8, n_layers=1)
+    assert not {"tune", "adapter", "pretrained"} & {*module.hparams}
+    NoteFrames(**module.hparams)
