@@ -40,6 +40,7 @@ class Recipe(NamedTuple):
     n_layers: int
     steps: int
     lr: float
+    pooling: str
     reverse_complement: str
     device: str
 
@@ -47,8 +48,8 @@ class Recipe(NamedTuple):
         return (
             f"d_model {self.d_model}, {self.n_layers} layers, both directions, "
             f"{self.steps or '10 epochs, at least 300 and at most 2000'} steps, lr {self.lr:g}, "
-            f"reverse complement {self.reverse_complement}; tested is the best of 10 validations "
-            "(a pretrained network keeps its own size and directions)"
+            f"pooling {self.pooling}, reverse complement {self.reverse_complement}; "
+            "tested is the best of 10 validations (a pretrained network keeps its own size and directions)"
         )
 
 
@@ -63,6 +64,7 @@ def bench(
     d_model: int = 64,
     n_layers: int = 2,
     lr: float = 3e-3,
+    pooling: Literal["profile", "mean", "last"] = "profile",
     reverse_complement: Literal["none", "augment", "average", "equivariant"] = "none",
     out: str = "bench.md",
     device: str = "cpu",
@@ -81,12 +83,13 @@ def bench(
         d_model: Width of the stream of tokens.
         n_layers: Number of blocks.
         lr: Highest learning rate.
+        pooling: How a sequence is summed up: its profile keeps what stands where.
         reverse_complement: What to do about the other strand.
         out: Table to write; finished runs are kept in a .json beside it and not run again.
         device: Where to run: cpu, cuda, mps.
     """
     found = find_tasks(root, tasks)
-    recipe = Recipe(d_model, n_layers, steps, lr, reverse_complement, device)
+    recipe = Recipe(d_model, n_layers, steps, lr, pooling, reverse_complement, device)
     networks = [model] if model else [name.strip() for name in mixers.split(",") if name.strip()]
     if seeds < 1 or not networks:
         raise ValueError(f"bench needs at least one seed and one of mixers, got seeds={seeds}.")
@@ -294,6 +297,7 @@ def _classifier(data: Any, network: str, recipe: Recipe, pretrained: bool) -> An
         "vocab_size": data.vocab_size,
         "class_names": data.class_names,
         "complement": data.complement if recipe.reverse_complement != "none" else None,
+        "pooling": recipe.pooling,
         "reverse_complement": recipe.reverse_complement,
         "optim": {"lr": recipe.lr},
     }
