@@ -49,7 +49,8 @@ class Recipe(NamedTuple):
             f"d_model {self.d_model}, {self.n_layers} layers, both directions, "
             f"{self.steps or '10 epochs, at least 300 and at most 2000'} steps, lr {self.lr:g}, "
             f"pooling {self.pooling}, reverse complement {self.reverse_complement}; "
-            "tested is the best of 10 validations (a pretrained network keeps its own size and directions)"
+            "tested is the best of 10 validations (a pretrained network keeps its own size "
+            "and directions)"
         )
 
 

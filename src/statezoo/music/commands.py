@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from statezoo.music.audio import render_file
 from statezoo.music.bench import bench
 from statezoo.music.evaluate import evaluate
+from statezoo.music.pianoroll import plot_file
 
 __all__ = ["COMMANDS"]
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "music bench": bench,
     "music evaluate": evaluate,
+    "music plot": plot_file,
+    "music render": render_file,
 }
