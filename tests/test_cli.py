@@ -20,7 +20,8 @@ SMALL = [
     "--data.path", "text.txt", "--data.seq_len", "16", "--data.batch_size", "2",
     "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false",
 ]  # fmt: skip
-SHIPPED = sorted(f.name for f in (Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = Path(__file__).parents[1] / "configs"
+SHIPPED = sorted(f.relative_to(CONFIGS).as_posix() for f in CONFIGS.rglob("*.yaml"))
 TINY = ["--model.d_model", "16", "--model.n_layers", "2"]
 
 
@@ -89,7 +90,7 @@ def test_list_shows_architectures_with_their_presets(capsys):
     assert max(map(len, lines)) <= 100
     known = {line.split()[0] for line in lines if line}
     assert set(ARCHITECTURES) <= known
-    assert {Path(name).stem for name in SHIPPED} <= known
+    assert {name.removesuffix(".yaml") for name in SHIPPED} <= known
     main(["list", "gla*"])
     text = capsys.readouterr().out
     assert "GLA  Gated linear attention, arXiv:2312.06635" in text

@@ -305,6 +305,7 @@ def quiet() -> None:
         ".*`max_epochs` was not set.*",
         ".*You defined a `validation_step` but have no.*",
         ".*is smaller than the logging interval.*",
+        ".*`tensorboardX` has been removed.*",
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
