@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from statezoo.datamodules.music.base import Ids, MusicTokenizer
@@ -260,7 +259,6 @@ def state_after(tokenizer: MusicTokenizer, ids: Iterable[int]) -> Any:
     return state
 
 
-@torch.inference_mode()
 def sample(
     net: Any,
     tokenizer: MusicTokenizer,
@@ -292,30 +290,33 @@ def sample(
     Raises:
         ValueError: If nothing is allowed, or a number is out of range.
     """
+    import torch
+
     sampling.check()
     if rows < 1:
         raise ValueError(f"sampling needs at least one row, got {rows}.")
     state = state_after(tokenizer, prompt)
     found = [Row(number, state) for number in range(rows)]
     random = [np.random.default_rng([sampling.seed, number]) for number in range(rows)]
-    ids = torch.tensor([[tokenizer.bos_id, *map(int, prompt)]], device=net.device)
-    out = net(ids, use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].expand(rows, -1)
-    cache.batch_repeat_interleave(rows)
-    alive = [number for number in range(rows) if state.tick < end]
-    while alive:
-        for number, scores in zip(alive, logits.double().cpu().numpy(), strict=True):
-            token = None if forced is None else forced(found[number])
-            draw = _Draw(tokenizer, end, allowed, sampling, random[number])
-            found[number] = draw(found[number], scores, token)
-        stay = [place for place, number in enumerate(alive) if found[number].state.tick < end]
-        if len(stay) < len(alive):
-            alive = [alive[place] for place in stay]
-            if not alive:
-                break
-            cache.batch_select_indices(torch.tensor(stay, device=net.device))
-        last = torch.tensor([[found[number].ids[-1]] for number in alive], device=net.device)
-        logits = net(last, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    with torch.inference_mode():
+        ids = torch.tensor([[tokenizer.bos_id, *map(int, prompt)]], device=net.device)
+        out = net(ids, use_cache=True, logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1].expand(rows, -1)
+        cache.batch_repeat_interleave(rows)
+        alive = [number for number in range(rows) if state.tick < end]
+        while alive:
+            for number, scores in zip(alive, logits.double().cpu().numpy(), strict=True):
+                token = None if forced is None else forced(found[number])
+                draw = _Draw(tokenizer, end, allowed, sampling, random[number])
+                found[number] = draw(found[number], scores, token)
+            stay = [place for place, number in enumerate(alive) if found[number].state.tick < end]
+            if len(stay) < len(alive):
+                alive = [alive[place] for place in stay]
+                if not alive:
+                    break
+                cache.batch_select_indices(torch.tensor(stay, device=net.device))
+            last = torch.tensor([[found[number].ids[-1]] for number in alive], device=net.device)
+            logits = net(last, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     return found
 
 
@@ -364,10 +365,12 @@ def _log_probs(scores: Floats, mask: Mask) -> Floats:
     return found
 
 
-@torch.inference_mode()
 def score(net: Any, tokenizer: MusicTokenizer, ids: Ids | Sequence[int]) -> Floats:
     """``[T]`` log-probability of each id after BOS and those before, without any mask."""
+    import torch
+
     whole = torch.tensor([[tokenizer.bos_id, *map(int, ids)]], device=net.device)
-    log_probs = net(whole[:, :-1]).logits.double().log_softmax(-1)
-    found: Floats = log_probs.gather(-1, whole[:, 1:, None])[0, :, 0].cpu().numpy()
+    with torch.inference_mode():
+        log_probs = net(whole[:, :-1]).logits.double().log_softmax(-1)
+        found: Floats = log_probs.gather(-1, whole[:, 1:, None])[0, :, 0].cpu().numpy()
     return found
