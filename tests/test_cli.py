@@ -99,6 +99,17 @@ def test_list_shows_architectures_with_their_presets(capsys):
     assert not {"mamba", "Text", "demo"} & set(text.split())
 
 
+@pytest.mark.parametrize("group", ["dna", "music", "tokenizer"])
+def test_a_group_lists_its_commands(group, capsys):
+    main([group])
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if line.startswith(f"  statezoo {group} ")]
+    assert all(len(row.split()) > 4 for row in rows)
+    assert len(rows) >= 2
+    main([group, "--help"])
+    assert capsys.readouterr().out == shown
+
+
 def test_console_script_and_module_are_the_same_command():
     script = Path(sys.executable).with_name("statezoo")
     commands = [[sys.executable, "-m", "statezoo"]] + ([[str(script)]] if script.exists() else [])

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
 from statezoo.explain import explain
-from statezoo.listing import listing
+from statezoo.listing import aligned, listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
 
@@ -136,6 +136,16 @@ def _commands(group: str) -> dict[str, Callable[..., None]]:
     return own
 
 
+def _overview(group: str, commands: Mapping[str, Callable[..., None]]) -> str:
+    """List the commands of a group, each with the first line of its documentation."""
+    rows = [
+        (f"  statezoo {name}", (command.__doc__ or "").partition("\n")[0])
+        for name, command in sorted(commands.items())
+        if name.startswith(f"{group} ")
+    ]
+    return "\n".join([*aligned(rows), "", f"  statezoo {group} COMMAND --help", ""])
+
+
 def run(arguments: Sequence[str]) -> None:
     """Run one of our commands.
 
@@ -145,6 +155,9 @@ def run(arguments: Sequence[str]) -> None:
     words = 2 if arguments[0] in GROUPS else 1
     name = " ".join(arguments[:words])
     commands = _commands(arguments[0])
+    if words == 2 and arguments[1:2] in ([], ["-h"], ["--help"]):
+        sys.stdout.write(_overview(arguments[0], commands))
+        return
     if name not in commands:
         known = [*RUN, *GROUPS, *commands]
         fail("statezoo", f"no command {name!r}{nearest(name, known)}", "statezoo --help lists them")

@@ -15,12 +15,14 @@ usage: statezoo COMMAND [settings]
   fit         train a model:      statezoo fit --model GLA --data Text
   validate    score a checkpoint: statezoo validate --ckpt_path runs/.../best.ckpt --data Text
   test        the same on the test split
-  predict     write the likelihood of each sequence to predictions.csv
+  predict     write what a model says of each sequence to predictions.csv
   generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
   explain     draw decay, writes, memory length and attention on an input
   export      write a checkpoint as a Hugging Face folder
   convert     read a public checkpoint of another library, or write Mamba for transformers
   tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER
+  dna         variants, embeddings, tracks, sequences, benchmarks: statezoo dna --help
+  music       continue, infill, harmonise, evaluate, draw, render: statezoo music --help
   list        architectures, data and shipped configs
 
   statezoo COMMAND --help                 settings of a command
