@@ -104,10 +104,23 @@ def test_a_group_lists_its_commands(group, capsys):
     main([group])
     shown = capsys.readouterr().out
     rows = [line for line in shown.splitlines() if line.startswith(f"  statezoo {group} ")]
-    assert all(len(row.split()) > 4 for row in rows)
-    assert len(rows) >= 2
+    *commands, last = rows
+    assert all(len(row.split()) > 4 for row in commands), "each says what it does"
+    assert commands
+    assert last.split()[-2:] == ["COMMAND", "--help"]
     main([group, "--help"])
     assert capsys.readouterr().out == shown
+
+
+def test_trains_a_tokenizer_of_bases(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STATEZOO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "g.fa").write_text(">a\n" + "ACGTTGCA" * 200 + "\n")
+    main(["tokenizer", "train", str(tmp_path / "g.fa"), "--out", str(tmp_path / "t"),
+          "--vocab-size", "20"])  # fmt: skip
+    assert "20 symbols" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        main(["tokenizer", "train", str(tmp_path / "g.fa"), "a.txt", "--out", str(tmp_path / "t")])
+    assert "text or FASTA, not both" in capsys.readouterr().err
 
 
 def test_console_script_and_module_are_the_same_command():

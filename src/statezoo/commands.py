@@ -23,16 +23,23 @@ def list_parts(pattern: str = "*") -> None:
 
 
 def train_tokenizer(*paths: str, out: str, vocab_size: int = 4096) -> None:
-    """Train a byte-level BPE tokenizer on text files or folders.
+    """Train a BPE tokenizer: of bytes on text files or folders, of bases on FASTA files.
 
     Args:
-        paths: Files or folders that ``--data Text`` reads.
+        paths: Files or folders that ``--data Text`` reads, or FASTA files, plain or .gz.
         out: Folder to write; ``--data.tokenizer FOLDER`` uses it.
-        vocab_size: Number of symbols, at least 257.
+        vocab_size: Number of symbols, at least 257; of bases, at least 9.
     """
+    from statezoo.datamodules.dna.fasta import FASTA_ENDINGS
+    from statezoo.datamodules.dna.tokenizers import train_dna_bpe
     from statezoo.datamodules.tokenizers import train_bpe
 
-    tokenizer = train_bpe(paths, vocab_size, out)
+    genomes = [path for path in paths if path.removesuffix(".gz").endswith(FASTA_ENDINGS)]
+    if genomes and len(genomes) < len(paths):
+        raise ValueError(
+            f"tokenizer train reads text or FASTA, not both; FASTA is {', '.join(genomes)}."
+        )
+    tokenizer = (train_dna_bpe if genomes else train_bpe)(paths, vocab_size, out)
     sys.stdout.write(f"wrote {out}: {tokenizer.vocab_size} symbols\n")
 
 

@@ -40,7 +40,7 @@ class _Prompt(NamedTuple):
 
     def own(self, tick: int) -> int:
         """A tick of the piece as one of the file."""
-        return round(tick * self.score.ticks_per_quarter / TPQ)
+        return round(tick * int(self.score.ticks_per_quarter) / TPQ)
 
 
 def continue_piece(
@@ -252,14 +252,13 @@ def _destination(
 
 def _apart(rows: Notes, before: Sequence[Any]) -> Notes:
     """Notes of which none begins while its pitch sounds: MIDI could not tell them apart."""
-    held = {}
+    held: dict[int, int] = {}
     for note in before:
         held[note.pitch] = max(held.get(note.pitch, 0), note.time + note.duration)
     rows = rows[[row[0] >= held.get(row[2], 0) for row in rows.tolist()]]
     rows = rows[np.lexsort((-rows[:, 1], rows[:, 0], rows[:, 2]))]
-    same = np.diff(rows[:, 2]) == 0
-    twice = np.concatenate([[False], same & (np.diff(rows[:, 0]) == 0)]) if len(rows) else []
-    rows = rows[~np.array(twice, dtype=bool)]
+    twice = (np.diff(rows[:, [0, 2]], axis=0, prepend=-1) == 0).all(axis=1)
+    rows = rows[~twice]
     same = np.diff(rows[:, 2]) == 0
     gap = np.diff(rows[:, 0])
     rows[:-1, 1] = np.where(same, np.minimum(rows[:-1, 1], gap), rows[:-1, 1])

@@ -51,7 +51,8 @@ class Sampling(NamedTuple):
         """``[W]`` probabilities to draw from, of scores ``[W]`` of which some are ``-inf``."""
         best = int(scores.argmax())
         if self.temperature == 0:
-            return (np.arange(len(scores)) == best).astype(np.float64)
+            likeliest: Floats = (np.arange(len(scores)) == best).astype(np.float64)
+            return likeliest
         weights: Floats = np.exp((scores - scores[best]) / self.temperature)
         weights /= weights.sum()
         order = np.argsort(-weights, kind="stable")
@@ -60,7 +61,8 @@ class Sampling(NamedTuple):
         if self.top_k:
             keep[self.top_k :] = False
         weights[order[~keep]] = 0
-        return weights / weights.sum()
+        weights /= weights.sum()
+        return weights
 
 
 @dataclass
@@ -167,9 +169,9 @@ class Rules:
 
     def _narrow(self, pitches: tuple[int, int], kinds: Any, values: Sequence[str]) -> None:
         low, high = pitches
-        melodic = np.flatnonzero(np.isin(kinds, ("Pitch", "NoteOn")) & (self._onset | self._hold))
+        melodic = np.flatnonzero(np.isin(kinds, ("Pitch", "NoteOn")) & self._onset).tolist()
         inside = [low <= int(values[i]) <= high for i in melodic]
-        self._may[melodic[~np.array(inside)]] = False
+        self._may[np.array(melodic)[~np.array(inside)]] = False
         if not any(inside):
             known = sorted(int(values[i]) for i in melodic)
             raise ValueError(
@@ -181,7 +183,7 @@ class Rules:
         """``[W]`` which tokens may come next in a row."""
         state = row.state
         now = self._now(state)
-        mask = self.tokenizer.allowed(state) & (now | self._walked)
+        mask: Mask = self.tokenizer.allowed(state) & (now | self._walked)
         over = np.zeros_like(mask)
         for token in np.flatnonzero(mask & self._walked).tolist():
             tick = self._walk(state, token, now)
