@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,9 +123,10 @@ def _cut(score: Any, prompt_bars: int, bars: int) -> _Prompt:
     import symusic
 
     whole = Piece.from_score(score)
-    starts = whole.bars()
     if not len(whole):
         raise ValueError("the prompt has no notes.")
+    signs = tuple(sign for sign in whole.time_signatures if sign[0] < whole.length)
+    starts = replace(whole, time_signatures=signs).bars()
     if len(starts) - 1 < prompt_bars:
         raise ValueError(
             f"the prompt has {len(starts) - 1} bars, and prompt_bars is {prompt_bars}: choose "
@@ -194,7 +196,7 @@ def _paste(kept: _Prompt, tokenizer: MusicTokenizer, ids: Ids, new: Ids, start: 
         mine = rows[rows[:, 4] == track]
         if not len(mine):
             continue
-        place = _destination(score, tokenizer, len(kept.score.tracks), info, track)
+        place = _destination(score, tokenizer, kept, info, track)
         while place >= len(score.tracks):
             score.tracks.append(
                 symusic.Track(name=info.name, program=info.program, is_drum=info.is_drum)
@@ -228,26 +230,25 @@ def _decode(
 
 
 def _destination(
-    score: Any, tokenizer: MusicTokenizer, given: int, info: TrackInfo, track: int
+    score: Any, tokenizer: MusicTokenizer, kept: _Prompt, info: TrackInfo, track: int
 ) -> int:
     """Which track of the score plays on; one more than there are for a new one."""
     tracks = list(score.tracks)
-    sounding = [i for i, t in enumerate(tracks[:given]) if len(t.notes)]
     if getattr(tokenizer, "programs", False):
         players = [(t.is_drum, 0 if t.is_drum else t.program) for t in tracks]
         player = (info.is_drum, 0 if info.is_drum else info.program)
         return players.index(player) if player in players else len(tracks)
-    if tokenizer.kind == "satb":
-        named = [t.name for t in tracks]
-        if info.name in named:
-            return named.index(info.name)
-        if len(sounding) not in (1, 4):
-            return len(tracks)
-        means = {i: -np.mean([note.pitch for note in tracks[i].notes]) for i in sounding}
-        order = sorted(sounding, key=lambda i: means[i])
-        return order[track] if track < len(order) else len(tracks)
-    melodic = [i for i in sounding if not tracks[i].is_drum]
-    return melodic[0] if melodic else len(tracks)
+    old = [list(t.notes) if not t.is_drum else [] for t in kept.score.tracks]
+    sounding = [i for i, notes in enumerate(old) if notes]
+    if tokenizer.kind != "satb":
+        return sounding[0]
+    named = [t.name for t in tracks]
+    if info.name in named:
+        return named.index(info.name)
+    if len(sounding) not in (1, 4):
+        return len(tracks)
+    order = sorted(sounding, key=lambda i: -np.mean([note.pitch for note in old[i]]))
+    return order[track] if track < len(order) else len(tracks)
 
 
 def _apart(rows: Notes, before: Sequence[Any]) -> Notes:
