@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from statezoo.main import main
@@ -38,9 +39,40 @@ def folder(tmp_path, monkeypatch):
             f"It was day {day} of voyage {number}, and the sea was calm." for day in range(200)
         ]
         (texts / f"voyage{number}.txt").write_text("\n".join(words))
+    write_genome(tmp_path)
+    write_music(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STATEZOO_CACHE", str(tmp_path / "cache"))
     return tmp_path
+
+
+def write_genome(folder: Path) -> None:
+    """A genome with variants, and sequences with and without a class."""
+    rng = np.random.default_rng(0)
+    bases = "".join(rng.choice(list("ACGT"), 6000))
+    (folder / "genome.fa").write_text(f">chr1\n{bases}\n")
+    columns = "#CHROM POS ID REF ALT QUAL FILTER INFO".split()
+    rows = [["chr1", str(at), ".", bases[at - 1], "A,C,G,T".replace(bases[at - 1], "."), *"..."]
+            for at in (1, 700, 6000)]  # fmt: skip
+    lines = ["##fileformat=VCFv4.2", *("\t".join(row) for row in [columns, *rows])]
+    (folder / "variants.vcf").write_text("\n".join(lines) + "\n")
+    (folder / "reads.fa").write_text(f">a\n{bases[:60]}\n>b\n{bases[60:100]}\n")
+    sites = [f"{bases[i : i + 40]},{'yes' if i % 80 else 'no'}" for i in range(0, 2400, 40)]
+    (folder / "sites.csv").write_text("\n".join(["sequence,label", *sites]))
+
+
+def write_music(folder: Path) -> None:
+    """Tunes of four bars as MIDI files."""
+    symusic = pytest.importorskip("symusic")
+    (folder / "my_midis").mkdir()
+    for number in range(6):
+        score = symusic.Score(480)
+        score.tracks.append(symusic.Track("tune", 0))
+        for step in range(16):
+            pitch = 60 + (step * (number + 3)) % 12
+            score.tracks[0].notes.append(symusic.Note(480 * step, 480, pitch, 80))
+        score.dump_midi(str(folder / "my_midis" / f"{number}.mid"))
+    score.dump_midi(str(folder / "theme.mid"))
 
 
 def test_every_command_runs_in_order(folder, monkeypatch, capsys):
@@ -53,7 +85,9 @@ def test_every_command_runs_in_order(folder, monkeypatch, capsys):
     assert "It was" in capsys.readouterr().out
     for left in ("best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "loss.png", "export"):
         assert (folder / "runs" / "gla-text" / "version_0" / left).exists()
-    assert (folder / "my_model" / "model.safetensors").exists()
+    for made in ("my_model/model.safetensors", "nll.bedGraph", "scored.vcf", "vectors.parquet",
+                 "generated.fa", "out/1.mid", "out/2.png", "roll.png", "theme.wav"):  # fmt: skip
+        assert (folder / made).stat().st_size > 0
 
 
 def test_make_targets_exist():

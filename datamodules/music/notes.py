@@ -176,7 +176,8 @@ class Piece:
             until: Default the length of the piece.
         """
         until = self.length if until is None else until
-        changes = [(0, 4, 4), *sorted(self.time_signatures)]
+        marks = sorted(mark for mark in self.time_signatures if mark[0] < max(until, 1))
+        changes = [(0, 4, 4), *marks]
         starts = [tick for tick, _, _ in changes[1:]] + [until]
         found: list[int] = []
         for (tick, numerator, denominator), stop in zip(changes, starts, strict=True):

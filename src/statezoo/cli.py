@@ -45,6 +45,12 @@ TRAINER = {
 INNER = {"OneMixer", "TokenTask"}
 """Names of models that are bases of others alone."""
 
+CONTINUES = {
+    "DNA": "dna generate --model {} --prompt ATG --out generated.fa",
+    "Music": "music continue --model {} --prompt theme.mid --out-dir out",
+}
+"""How to write with a language model, where its symbols are no text."""
+
 KINDS: dict[type, str] = {LightningModule: "model", LightningDataModule: "data"}
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -246,12 +252,10 @@ class StateZooCLI(LightningCLI):
         """Say where everything is."""
         folder = callbacks.run_folder(self.trainer)
         if self.trainer.is_global_zero and (folder / "last.ckpt").is_file():
-            generates = isinstance(self.model, lightning_modules.CausalLM)
-            hint = (
-                f'generate --ckpt {folder} --prompt "..."'
-                if generates
-                else f"predict --ckpt_path {folder} --data {type(self.datamodule).__name__}"
-            )
+            data = type(self.datamodule).__name__
+            hint = f"predict --ckpt_path {folder} --data {data}"
+            if isinstance(self.model, lightning_modules.CausalLM):
+                hint = CONTINUES.get(data, 'generate --ckpt {} --prompt "..."').format(folder)
             written = ", ".join(sorted(file.name for file in folder.iterdir()))
             sys.stdout.write(f"wrote {folder}: {written}\ntry  statezoo {hint}\n")
 

@@ -101,3 +101,10 @@ def test_midi_files_that_would_never_end(tmp_path, tempo, onset, message):
     song.save(tmp_path / "a.mid")
     with pytest.raises(ValueError, match=message):
         read_piece(tmp_path / "a.mid")
+
+
+def test_bars_end_before_a_later_meter():
+    piece = Piece((), np.zeros((0, 5)), time_signatures=((0, 4, 4), (4 * 1920, 3, 4)))
+    assert piece.bars(2 * 1920).tolist() == [0, 1920, 2 * 1920]
+    assert piece.bars(4 * 1920).tolist() == [1920 * i for i in range(5)]
+    assert piece.bars(4 * 1920 + 1).tolist()[-2:] == [4 * 1920, 4 * 1920 + 1440]
