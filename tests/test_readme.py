@@ -51,7 +51,7 @@ def write_genome(folder: Path) -> None:
     rng = np.random.default_rng(0)
     bases = "".join(rng.choice(list("ACGT"), 6000))
     (folder / "genome.fa").write_text(f">chr1\n{bases}\n")
-    columns = "#CHROM POS ID REF ALT QUAL FILTER INFO".split()
+    columns = ["#CHROM", "POS", "ID", "REF", "ALT", "QUAL", "FILTER", "INFO"]
     rows = [["chr1", str(at), ".", bases[at - 1], "A,C,G,T".replace(bases[at - 1], "."), *"..."]
             for at in (1, 700, 6000)]  # fmt: skip
     lines = ["##fileformat=VCFv4.2", *("\t".join(row) for row in [columns, *rows])]
