@@ -7,8 +7,8 @@ import logging
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 
+from statezoo.datamodules.base import SplitData, check_tokenizer
 from statezoo.datamodules.corpus import SPLITS, RawText, Tokens, cut_text, read_text, tokenize
 from statezoo.datamodules.loader import SeekableLoader
 from statezoo.datamodules.ngram import baselines
@@ -28,7 +28,7 @@ __all__ = ["Text"]
 log = logging.getLogger(__name__)
 
 
-class Text(LightningDataModule):
+class Text(SplitData):
     """Text for next-token prediction: the embedded default, your files, or a dataset.
 
     Every token of a split is a target exactly once per epoch. The first token of a document is
@@ -119,7 +119,7 @@ class Text(LightningDataModule):
         if self._windows:
             return
         raw = self._read()
-        if self._tells():
+        if self.tells():
             for line in raw.skipped[:20]:
                 log.warning(f"skipped {line}")
             if len(raw.skipped) > 20:
@@ -134,7 +134,7 @@ class Text(LightningDataModule):
                 f"{sizes['val']} to validate on: add text, or change val_fraction."
             )
         seq_len = min(self.seq_len, sizes["train"])
-        if seq_len < self.seq_len and self._tells():
+        if seq_len < self.seq_len and self.tells():
             log.warning(
                 f"{self.source.name} has only {sizes['train']} tokens to train on: windows are "
                 f"{seq_len} long instead of seq_len={self.seq_len}; add text for results that "
@@ -152,26 +152,16 @@ class Text(LightningDataModule):
                     lengths=tokens.lengths,
                 )
 
-    def train_dataloader(self) -> SeekableLoader:
-        """Windows in an order of their own each epoch; resumes in the middle of one."""
-        trainer = self.trainer
-        return self._loader(
-            "train",
-            shuffle=trainer is None or not trainer.overfit_batches,  # type: ignore[attr-defined]
-            epoch=0 if trainer is None else trainer.current_epoch,
-        )
+    def windows(self, split: str) -> Windows | None:
+        """Windows of a split: the training stream's move each epoch, others keep their places."""
+        self.setup()
+        return self._windows.get(split)
 
-    def val_dataloader(self) -> SeekableLoader:
-        """Windows in the order of the text, each token scored once."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> SeekableLoader:
-        """The test split, or the validation split where there is none."""
-        return self._loader("test" if "test" in self._windows else "val")
-
-    def predict_dataloader(self) -> SeekableLoader:
-        """The same as for the test."""
-        return self.test_dataloader()
+    def staged(self, loader: SeekableLoader) -> SeekableLoader:
+        """Go through shorter windows first where ``LengthWarmup`` asks for it."""
+        if self.warmup is None:
+            return loader
+        return self.warmup.loader(loader, self.seq_len, self.at_length)
 
     def at_length(self, seq_len: int) -> Windows:
         """The training split in windows of another length, after ``setup``.
@@ -214,13 +204,7 @@ class Text(LightningDataModule):
         Raises:
             ValueError: If it was not: its ids would mean other text.
         """
-        saved = tokenizer_from_state(state_dict["tokenizer"])
-        if saved.fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"The checkpoint was made with another tokenizer ({saved.kind}, {saved.vocab_size} "
-                f"ids) than this data has ({self.tokenizer.kind}, {self.vocab_size} ids): set "
-                "tokenizer to the checkpoint's own file, PATH.ckpt."
-            )
+        check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
 
     def _check_settings(self) -> None:
         for name, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
@@ -258,27 +242,3 @@ class Text(LightningDataModule):
         raw = self._read()
         bounds, labels = self._split(raw)
         return tokenize(raw, bounds, self.tokenizer), labels
-
-    def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
-        if not self._windows:
-            self.setup()
-        trainer = self.trainer
-        loader = SeekableLoader(
-            self._windows[split],
-            self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-            epoch=epoch,
-        )
-        if shuffle and self.warmup is not None:
-            loader = self.warmup.loader(loader, self.seq_len, self.at_length)
-        if shuffle and trainer is not None:
-            loader.limit(trainer.limit_train_batches)
-        return loader
-
-    def _tells(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.trainer is None or bool(self.trainer.is_global_zero)

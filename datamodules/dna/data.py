@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from statezoo.datamodules.base import SplitData, check_tokenizer
 from statezoo.datamodules.dna.baselines import baselines
 from statezoo.datamodules.dna.intervals import Region
 from statezoo.datamodules.dna.scan import Scan, scan
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val", "test"]
 
 
-class DNA(LightningDataModule):
+class DNA(SplitData):
     """A genome for next-base or masked-base prediction, read from its file window by window.
 
     Upper and lower case give the same ids. N and other IUPAC codes are read as N and never scored;
@@ -141,35 +141,26 @@ class DNA(LightningDataModule):
                 f"{self.genome.title} leaves {sizes['train']} bases to train on and "
                 f"{sizes['val']} to validate on: change val_fraction, val_contigs or intervals."
             )
-        if self._tells():
+        if self.tells():
             self._tell(scans, report)
         self.scans = scans
         for split, found in scans.items():
             if found.regions:
                 self._windows[split] = self._cut(split, self.seq_len)
 
-    def train_dataloader(self) -> SeekableLoader:
-        """Windows in an order of their own each epoch; resumes in the middle of one."""
-        trainer = self.trainer
-        return self._loader(
-            "train",
-            shuffle=trainer is None or not trainer.overfit_batches,  # type: ignore[attr-defined]
-            epoch=0 if trainer is None else trainer.current_epoch,
-        )
+    def windows(self, split: str) -> GenomeWindows | None:
+        """Windows of a split: those to train on move each epoch, masks of others never change."""
+        self.setup()
+        windows = self._windows.get(split)
+        if windows is not None:
+            windows.rc = self.rc_augment and split == "train"
+        return windows
 
-    def val_dataloader(self) -> SeekableLoader:
-        """Windows in the order of the genome, each base scored once, masks always the same."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> SeekableLoader:
-        """The test split, or the validation split where there is none."""
-        if not self._windows:
-            self.setup()
-        return self._loader("test" if "test" in self._windows else "val")
-
-    def predict_dataloader(self) -> SeekableLoader:
-        """The same as for the test."""
-        return self.test_dataloader()
+    def staged(self, loader: SeekableLoader) -> SeekableLoader:
+        """Go through shorter windows first where ``LengthWarmup`` asks for it."""
+        if self.warmup is None:
+            return loader
+        return self.warmup.loader(loader, self.seq_len, self.at_length)
 
     def at_length(self, seq_len: int) -> GenomeWindows:
         """The training split in windows of another length, after ``setup``.
@@ -193,8 +184,7 @@ class DNA(LightningDataModule):
             split: Which.
             limit: Stop after so many bases.
         """
-        if not self._windows:
-            self.setup()
+        self.setup()
         found, left = [], limit
         for contig, start, stop in self.scans[split].regions:
             if left is not None:
@@ -229,13 +219,7 @@ class DNA(LightningDataModule):
         Raises:
             ValueError: If it was not: its ids would mean other bases.
         """
-        saved = tokenizer_from_state(state_dict["tokenizer"])
-        if saved.fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"The checkpoint was made with another tokenizer ({saved.kind}, {saved.vocab_size} "
-                f"ids) than this data has ({self.tokenizer.kind}, {self.vocab_size} ids): set "
-                "tokenizer to the checkpoint's own file, PATH.ckpt."
-            )
+        check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
 
     def _check_settings(self) -> None:
         for name, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):
@@ -308,32 +292,6 @@ class DNA(LightningDataModule):
             movable=split == "train",
             task=Task(self.objective, self.mask_fraction, self.soft_mask_weight, self.seed),
         )
-
-    def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
-        if not self._windows:
-            self.setup()
-        windows = self._windows[split]
-        windows.rc = self.rc_augment and split == "train"
-        trainer = self.trainer
-        loader = SeekableLoader(
-            windows,
-            self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-            epoch=epoch,
-        )
-        if shuffle and self.warmup is not None:
-            loader = self.warmup.loader(loader, self.seq_len, self.at_length)
-        if shuffle and trainer is not None:
-            loader.limit(trainer.limit_train_batches)
-        return loader
-
-    def _tells(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.trainer is None or bool(self.trainer.is_global_zero)
 
 
 def _length(region: Region) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 
+from statezoo.datamodules.base import SplitData, check_tokenizer
 from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.datamodules.dna.examples import (
     SPLITS,
@@ -118,7 +118,7 @@ class LengthLoader(SeekableLoader):
         return shift, order
 
 
-class LabelledDNA(LightningDataModule):
+class LabelledDNA(SplitData):
     """DNA sequences with a class each: yours, or windows of the SYNTHETIC genome.
 
     Tables have the columns ``sequence`` and ``label``, and may have ``split`` (train, val or
@@ -158,6 +158,7 @@ class LabelledDNA(LightningDataModule):
     """
 
     unit = "base"
+    loader = LengthLoader
 
     def __init__(
         self,
@@ -227,25 +228,12 @@ class LabelledDNA(LightningDataModule):
         if not self._only_predicts:
             self._data  # noqa: B018  # reads now rather than in the first batch
 
-    def train_dataloader(self) -> SeekableLoader:
-        """Sequences in an order of their own each epoch; resumes in the middle of one."""
-        trainer = self.trainer
-        loader = self._loader(
-            Sequences(*self.rows("train"), self.tokenizer, augment=self.rc_augment),
-            shuffle=trainer is None or not trainer.overfit_batches,  # type: ignore[attr-defined]
-            epoch=0 if trainer is None else trainer.current_epoch,
-        )
-        if trainer is not None:
-            loader.limit(trainer.limit_train_batches)
-        return loader
-
-    def val_dataloader(self) -> SeekableLoader:
-        """Each row once, in the order of the file."""
-        return self._loader(Sequences(*self.rows("val"), self.tokenizer))
-
-    def test_dataloader(self) -> SeekableLoader:
-        """The test split, or the validation split where there is none."""
-        return self._loader(Sequences(*self.rows(self.test_split), self.tokenizer))
+    def windows(self, split: str) -> Sequences | None:
+        """The sequences of a split, those to train on from either strand if so asked."""
+        if split not in self._data[1]:
+            return None
+        augment = self.rc_augment and split == "train"
+        return Sequences(*self.rows(split), self.tokenizer, augment=augment)
 
     def predict_dataloader(self) -> SeekableLoader:
         """The sequences of ``predict``, or those of the test, with their names."""
@@ -254,12 +242,10 @@ class LabelledDNA(LightningDataModule):
             found = collect(rows, self.predict, window=self.window, labelled=False)
             self._tell(self.predict, found)
             unknown = np.full(len(found), IGNORE, dtype=np.int64)
-            return self._loader(
-                Sequences(found.sequences, unknown, self.tokenizer, names=found.names)
-            )
+            return self.load(Sequences(found.sequences, unknown, self.tokenizer, names=found.names))
         examples, splits, _ = self._data
         names = [examples.names[i] for i in np.flatnonzero(splits == self.test_split).tolist()]
-        return self._loader(Sequences(*self.rows(self.test_split), self.tokenizer, names=names))
+        return self.load(Sequences(*self.rows(self.test_split), self.tokenizer, names=names))
 
     @property
     def test_split(self) -> str:
@@ -294,13 +280,7 @@ class LabelledDNA(LightningDataModule):
         Raises:
             ValueError: If it was not.
         """
-        saved = tokenizer_from_state(state_dict["tokenizer"])
-        if saved.fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"The checkpoint was made with another tokenizer ({saved.kind}, {saved.vocab_size} "
-                f"ids) than this data has ({self.tokenizer.kind}, {self.vocab_size} ids): set "
-                "tokenizer to the checkpoint's own file, PATH.ckpt."
-            )
+        check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
         names = list(state_dict["class_names"])
         if not self._only_predicts and names != self.class_names:
             raise ValueError(
@@ -336,7 +316,7 @@ class LabelledDNA(LightningDataModule):
         ]
         self._tell(place, found, told)
         sizes = ", ".join(f"{int((splits == split).sum()):,} {split}" for split in SPLITS)
-        if self._tells():
+        if self.tells():
             log.info(f"{place}: {sizes}; classes {', '.join(names)}; {found.letters}")
         return found, splits, names
 
@@ -356,24 +336,5 @@ class LabelledDNA(LightningDataModule):
         lines = [f"skipped {line}" for line in found.skipped[:20]]
         if found.cropped:
             lines.append(f"{found.cropped} sequences cut to the middle {self.window} bases")
-        for line in (*lines, *told) if self._tells() else ():
+        for line in (*lines, *told) if self.tells() else ():
             log.warning(f"{place}: {line}")
-
-    def _loader(
-        self, sequences: Sequences, *, shuffle: bool = False, epoch: int = 0
-    ) -> SeekableLoader:
-        trainer = self.trainer
-        return LengthLoader(
-            sequences,
-            self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-            epoch=epoch,
-        )
-
-    def _tells(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.trainer is None or bool(self.trainer.is_global_zero)

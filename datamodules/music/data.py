@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from lightning.pytorch import LightningDataModule
 
-from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.base import SplitData, check_tokenizer
 from statezoo.datamodules.music.base import Ids, MusicTokenizer
 from statezoo.datamodules.music.baselines import Markov, repeat_bits, unigram_bits
 from statezoo.datamodules.music.corpus import (
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 Split = Literal["train", "val", "test"]
 
 
-class Music(LightningDataModule):
+class Music(SplitData):
     """Music for next-token prediction: Bach's chorales by default, or your files.
 
     Pieces are split first and only those to train on are transposed and the like, each epoch anew.
@@ -176,7 +175,7 @@ class Music(LightningDataModule):
         if self.packing == "pieces":
             whole = WholePieces(part, self.seq_len, self.tokenizer, change)
             long = len(np.unique(whole.rows[1:][np.diff(whole.rows) == 0]))
-            if long and self._tells():
+            if long and self.tells():
                 log.warning(
                     f"{long} of {len(part.pieces)} pieces ({split}) are longer than seq_len="
                     f"{self.seq_len} and cut into parts that do not see each other; the longest "
@@ -184,7 +183,7 @@ class Music(LightningDataModule):
                 )
             return whole
         seq_len = min(self.seq_len, train_size)
-        if seq_len < self.seq_len and split == "train" and self._tells():
+        if seq_len < self.seq_len and split == "train" and self.tells():
             log.warning(
                 f"{self.source.name} has only {train_size} tokens to train on: windows are "
                 f"{seq_len} long instead of seq_len={self.seq_len}; add music for results that "
@@ -192,27 +191,10 @@ class Music(LightningDataModule):
             )
         return PieceWindows(part, seq_len, self.tokenizer, change)
 
-    def train_dataloader(self) -> SeekableLoader:
-        """Windows or pieces in an order of their own each epoch; resumes in the middle of one."""
-        trainer = self.trainer
-        return self._loader(
-            "train",
-            shuffle=trainer is None or not trainer.overfit_batches,  # type: ignore[attr-defined]
-            epoch=0 if trainer is None else trainer.current_epoch,
-        )
-
-    def val_dataloader(self) -> SeekableLoader:
-        """Windows or pieces in order, each token scored once."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> SeekableLoader:
-        """The test split, or the validation split where there is none."""
+    def windows(self, split: str) -> PieceWindows | WholePieces | None:
+        """Windows or pieces of a split; those to train on are augmented anew each epoch."""
         self.setup()
-        return self._loader("test" if "test" in self._windows else "val")
-
-    def predict_dataloader(self) -> SeekableLoader:
-        """The same as for the test."""
-        return self.test_dataloader()
+        return self._windows.get(split)
 
     def ids(self, split: Split) -> list[Ids]:
         """Token ids of each piece of a split, without BOS and not augmented."""
@@ -262,12 +244,7 @@ class Music(LightningDataModule):
             ValueError: If it was not: its ids would mean other music.
         """
         saved = music_tokenizer_from_state(state_dict["tokenizer"])
-        if saved.fingerprint != self.tokenizer.fingerprint:
-            raise ValueError(
-                f"The checkpoint was made with another tokenizer ({saved.kind}, {saved.vocab_size} "
-                f"ids) than this data has ({self.tokenizer.kind}, {self.vocab_size} ids): set "
-                "encoding to the checkpoint's own file, PATH.ckpt."
-            )
+        check_tokenizer(saved, self.tokenizer, "encoding")
 
     def _make_tokenizer(self, **found: Any) -> MusicTokenizer:
         tokenizer = music_tokenizer(self.encoding, **(found | self.encoding_settings))
@@ -320,7 +297,7 @@ class Music(LightningDataModule):
         return tokenize_all(self.source.name, self.pieces, self.tokenizer)
 
     def _tell_skipped(self, tokens: MusicTokens) -> None:
-        if not tokens.skipped or self.path is None or not self._tells():
+        if not tokens.skipped or self.path is None or not self.tells():
             return  # the same few works of the embedded corpus are no news
         for row in tokens.skipped[:5]:
             log.warning(f"skipped {row.name}: {row.reason}")
@@ -328,24 +305,3 @@ class Music(LightningDataModule):
             f"skipped {len(tokens.skipped)} of {len(tokens.skipped) + len(tokens.pieces)} pieces; "
             f"all of them, with reasons, are in {tokens.report}"
         )
-
-    def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
-        self.setup()
-        trainer = self.trainer
-        loader = SeekableLoader(
-            self._windows[split],
-            self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-            epoch=epoch,
-        )
-        if shuffle and trainer is not None:
-            loader.limit(trainer.limit_train_batches)
-        return loader
-
-    def _tells(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.trainer is None or bool(self.trainer.is_global_zero)

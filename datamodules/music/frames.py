@@ -8,10 +8,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.base import SplitData
 from statezoo.datamodules.music.corpus import read_all, split_pieces
 from statezoo.datamodules.music.frame_baselines import frame_baselines
 from statezoo.datamodules.music.readers import music_source
@@ -78,7 +77,7 @@ class Rolls:
         return transposed(self.pieces[number], int(rng.integers(-most, most + 1)))
 
 
-class PianoFrames(LightningDataModule):
+class PianoFrames(SplitData):
     """Pieces as piano-roll frames: the public JSB chorales, your folder, or the embedded default.
 
     Every frame of a split is said once per epoch, from all frames of its piece before it. Splits
@@ -143,27 +142,11 @@ class PianoFrames(LightningDataModule):
         self.setup()
         return self._splits[split]
 
-    def train_dataloader(self) -> SeekableLoader:
-        """Pieces in an order and in keys of their own each epoch; resumes in the middle of one."""
-        trainer = self.trainer
-        return self._loader(
-            "train",
-            shuffle=trainer is None or not trainer.overfit_batches,  # type: ignore[attr-defined]
-            epoch=0 if trainer is None else trainer.current_epoch,
-        )
-
-    def val_dataloader(self) -> SeekableLoader:
-        """All pieces in their order and in their own keys."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> SeekableLoader:
-        """The test split, or the validation split where there is none."""
-        self.setup()
-        return self._loader("test" if self._splits["test"] else "val")
-
-    def predict_dataloader(self) -> SeekableLoader:
-        """The same as for the test."""
-        return self.test_dataloader()
+    def windows(self, split: str) -> Rolls | None:
+        """The pieces of a split, those to train on in keys of their own each epoch."""
+        pieces = self.rolls(split)
+        transpose = self.transpose if split == "train" else 0
+        return Rolls(pieces, transpose, self.max_frames) if pieces else None
 
     def baselines(self) -> dict[str, float]:
         """Bits per frame that simple models need on the validation split."""
@@ -206,7 +189,7 @@ class PianoFrames(LightningDataModule):
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
-        if self._tells():
+        if self.tells():
             for row in pieces.skipped[:20]:
                 log.warning(f"skipped {row.name}: {row.reason}")
             if len(pieces.skipped) > 20:
@@ -221,25 +204,3 @@ class PianoFrames(LightningDataModule):
                 f"{len(splits['val'])} to validate on: add files."
             )
         return splits
-
-    def _tells(self) -> bool:
-        """Whether this process speaks for all."""
-        return self.trainer is None or bool(self.trainer.is_global_zero)
-
-    def _loader(self, split: str, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
-        self.setup()
-        trainer = self.trainer
-        rolls = Rolls(self._splits[split], self.transpose if shuffle else 0, self.max_frames)
-        loader = SeekableLoader(
-            rolls,  # type: ignore[arg-type]  # indexed and measured as windows are
-            self.batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-            num_workers=self.num_workers,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
-            epoch=epoch,
-        )
-        if shuffle and trainer is not None:
-            loader.limit(trainer.limit_train_batches)
-        return loader

@@ -76,7 +76,7 @@ def listing(pattern: str = "*") -> str:
             (name, what) for name, what in modules.items() if name not in covered
         },
         "tasks, of any mixers (--model)": {x for x in tasks if x[0] != "TokenTask"},
-        "data (--data)": set(classes("datamodules", "LightningDataModule")),
+        "data (--data)": set(classes("datamodules", "SplitData")),
         "other configs (--config)": set(others),
     }
     text = table([preset for preset in presets if preset.matches(pattern)])

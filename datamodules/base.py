@@ -1,0 +1,100 @@
+"""What all data modules share: a loader for each split, and a tokenizer that must not change."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningDataModule
+
+from statezoo.datamodules.loader import SeekableLoader
+
+__all__ = ["SplitData", "check_tokenizer"]
+
+
+class SplitData(LightningDataModule):
+    """Base of the data modules: resumable loaders over the splits train, val and test.
+
+    Not for use by itself: subclasses set the attributes below and define :meth:`windows`.
+
+    Attributes:
+        batch_size: Windows per batch and process.
+        seed: Draws the order of training.
+        num_workers: Processes that prepare batches; 0 prepares them in the training process.
+        loader: Kind of the loaders.
+    """
+
+    batch_size: int
+    seed: int
+    num_workers: int
+    loader: ClassVar[type[SeekableLoader]] = SeekableLoader
+
+    @abstractmethod
+    def windows(self, split: str) -> Any:
+        """Return what the loader of a split reads, set up when first asked for; None without it."""
+
+    def train_dataloader(self) -> SeekableLoader:
+        """Return the training split in an order of its own each epoch; resumes in the middle."""
+        trainer = self.trainer
+        shuffle = trainer is None or not trainer.overfit_batches  # type: ignore[attr-defined]
+        epoch = 0 if trainer is None else trainer.current_epoch
+        loader = self.load(self.windows("train"), shuffle=shuffle, epoch=epoch)
+        if shuffle:
+            loader = self.staged(loader)
+            if trainer is not None:
+                loader.limit(trainer.limit_train_batches)
+        return loader
+
+    def staged(self, loader: SeekableLoader) -> SeekableLoader:
+        """Return a training loader that goes through stages first, where there are some."""
+        return loader
+
+    def val_dataloader(self) -> SeekableLoader:
+        """Return the validation split in order, each target scored once."""
+        return self.load(self.windows("val"))
+
+    def test_dataloader(self) -> SeekableLoader:
+        """Return the test split in order, or the validation split where there is none."""
+        test = self.windows("test")
+        return self.load(self.windows("val") if test is None else test)
+
+    def predict_dataloader(self) -> SeekableLoader:
+        """Return the same as for the test."""
+        return self.test_dataloader()
+
+    def load(self, windows: Any, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
+        """Make a loader of this process's part of each batch."""
+        trainer = self.trainer
+        return self.loader(
+            windows,
+            self.batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            num_workers=self.num_workers,
+            rank=0 if trainer is None else trainer.global_rank,
+            world_size=1 if trainer is None else trainer.world_size,
+            epoch=epoch,
+        )
+
+    def tells(self) -> bool:
+        """Say whether this process speaks for all."""
+        return self.trainer is None or bool(self.trainer.is_global_zero)
+
+
+def check_tokenizer(saved: Any, has: Any, setting: str = "tokenizer") -> None:
+    """Compare the tokenizer of a checkpoint with that of the data.
+
+    Args:
+        saved: The checkpoint's.
+        has: The data's.
+        setting: Name of the setting that chooses the data's.
+
+    Raises:
+        ValueError: If they differ: ids would mean something else.
+    """
+    if saved.fingerprint != has.fingerprint:
+        raise ValueError(
+            f"The checkpoint was made with another tokenizer ({saved.kind}, {saved.vocab_size} "
+            f"ids) than this data has ({has.kind}, {has.vocab_size} ids): set {setting} to the "
+            "checkpoint's own file, PATH.ckpt."
+        )
