@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 import wave
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from statezoo.datamodules.music.notes import Piece, require
+if TYPE_CHECKING:
+    from statezoo.datamodules.music.notes import Piece
 
 __all__ = ["render", "render_file"]
 
@@ -31,6 +33,7 @@ def render_file(file: str, *, out: str, sample_rate: int = 22050) -> None:
     """
     from statezoo.datamodules.music.readers import read_piece
 
+    _check(out, sample_rate)
     numbers = render(read_piece(file), out, sample_rate=sample_rate)
     sys.stdout.write(f"wrote {out}: {numbers['seconds']:.1f} seconds, rms {numbers['rms']:.3f}\n")
 
@@ -38,7 +41,8 @@ def render_file(file: str, *, out: str, sample_rate: int = 22050) -> None:
 def render(piece: Piece, out: str | Path, *, sample_rate: int = 22050) -> dict[str, float]:
     """Write a piece as a 16-bit mono WAV, one sine per note, through ``pretty_midi``.
 
-    Drums have no pitch and stay silent. Notes that only reach a single sample are left out.
+    It lasts as long as the piece, with rests at its end. Drums have no pitch and stay silent; notes
+    shorter than three samples, and those above half the sample rate, are left out.
 
     Args:
         piece: The music, at the tempos it names.
@@ -53,21 +57,26 @@ def render(piece: Piece, out: str | Path, *, sample_rate: int = 22050) -> dict[s
         ValueError: If there is nothing to hear, a number is out of range, or
             pretty_midi is missing.
     """
+    from statezoo.datamodules.music.notes import require
+
+    out = Path(out)
+    _check(out, sample_rate)
     require("pretty_midi", "Sound")
     import pretty_midi  # type: ignore[import-untyped]
 
-    out = Path(out)
-    if out.suffix.lower() != ".wav":
-        raise ValueError(f"out must end in .wav, got {str(out)!r}.")
-    if not 8000 <= sample_rate <= 192000:
-        raise ValueError(f"sample_rate must be between 8000 and 192000, got {sample_rate}.")
     times = piece.seconds(np.stack([piece.onset, piece.end]))
-    heard = ~piece.drums & (np.diff(times, axis=0)[0] * sample_rate >= 2)
+    hertz = 440 * 2 ** ((piece.pitch - 69) / 12)
+    heard = ~piece.drums & (hertz < sample_rate / 2)
+    heard &= np.diff(times, axis=0)[0] * sample_rate >= 3  # the first and last sample are 0
     if not heard.any():
-        raise ValueError("there is nothing to hear: the piece has no notes other than drums.")
-    if times.max() > LONGEST:
         raise ValueError(
-            f"the piece lasts {times.max() / 3600:.1f} hours, at most {LONGEST // 3600} are "
+            "there is nothing to hear: the piece has no notes other than drums, or they are too "
+            f"short or too high for {sample_rate} samples per second."
+        )
+    lasts = float(piece.seconds(np.array([piece.length]))[0])
+    if lasts > LONGEST:
+        raise ValueError(
+            f"the piece lasts {lasts / 3600:.1f} hours, at most {LONGEST // 3600} are "
             "written: check its tempos, or cut it."
         )
     midi = pretty_midi.PrettyMIDI()
@@ -79,7 +88,9 @@ def render(piece: Piece, out: str | Path, *, sample_rate: int = 22050) -> dict[s
         )
     ]
     midi.instruments.append(part)
-    sound = midi.synthesize(fs=sample_rate, wave=np.sin) * PEAK  # its peak is 1
+    made = midi.synthesize(fs=sample_rate, wave=np.sin) * PEAK  # its peak is 1
+    sound = np.zeros(max(round(lasts * sample_rate), 1))  # pretty_midi adds a second of silence
+    sound[: len(made)] = made[: len(sound)]
     samples = np.round(sound * 32767).astype("<i2")
     out.parent.mkdir(parents=True, exist_ok=True)
     with wave.open(str(out), "wb") as file:
@@ -93,3 +104,11 @@ def render(piece: Piece, out: str | Path, *, sample_rate: int = 22050) -> dict[s
         "notes": float(heard.sum()),
         "rms": float(np.sqrt(np.mean(sound**2))),
     }
+
+
+def _check(out: str | Path, sample_rate: int) -> None:
+    """ValueError where settings cannot be used."""
+    if Path(out).suffix.lower() != ".wav":
+        raise ValueError(f"out must end in .wav, got {str(out)!r}.")
+    if not 8000 <= sample_rate <= 192000:
+        raise ValueError(f"sample_rate must be between 8000 and 192000, got {sample_rate}.")

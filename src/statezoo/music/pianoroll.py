@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from statezoo.datamodules.music.notes import Piece, TrackInfo, require
 from statezoo.music.spans import bar_span
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from statezoo.datamodules.music.notes import Piece, TrackInfo
 
 __all__ = ["plot", "plot_file"]
 
@@ -40,6 +41,7 @@ def plot_file(file: str, *, out: str, bars: str = "") -> None:
     """
     from statezoo.datamodules.music.readers import read_piece
 
+    _check_ending(out)
     piece = read_piece(file)
     span = bar_span(bars, len(piece.bars()) - 1) if bars else None
     title = Path(file).name + (f", bars {span[0]} to {span[1]}" if span else "")
@@ -74,16 +76,24 @@ def plot(
         ``name``, ``colour``, ``notes`` and ``per_bar`` of each.
 
     Raises:
-        ValueError: If no note sounds there, the ending is another one, or matplotlib is missing.
+        ValueError: If no note sounds there, there are no such bars, the ending is another one, or
+            matplotlib is missing.
     """
-    require("matplotlib", "Drawing")
-    from matplotlib.figure import Figure
+    from statezoo.datamodules.music.notes import require
 
     out = Path(out)
-    if out.suffix.lower() not in KINDS:
-        raise ValueError(f"out must end in {', '.join(KINDS)}, got {str(out)!r}.")
+    _check_ending(out)
+    require("matplotlib", "Drawing")
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     bounds = piece.bars()
-    first, last = bars or (1, len(bounds) - 1)
+    count = len(bounds) - 1
+    if not len(piece):
+        raise ValueError("there is nothing to draw: the piece has no notes.")
+    first, last = bars or (1, count)
+    if not 1 <= first <= last <= count:
+        raise ValueError(f"bars must be a first and a last of 1 to {count}, got {bars}.")
     bounds = bounds[first - 1 : last + 1]
     numbers = {"first_bar": first, "prompt_bars": prompt_bars, **_count(piece, bounds)}
     if not numbers["pitch_range"]:
@@ -95,12 +105,19 @@ def plot(
     axes = figure.subplots()
     _grid(axes, numbers)
     _notes(axes, piece, numbers)
-    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_title(title, loc="left", fontsize=10, parse_math=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     dates = {".png": {"Software": None}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}
-    figure.savefig(out, metadata=dates[out.suffix.lower()])
+    with rc_context({"svg.hashsalt": "statezoo"}):  # names of parts of an SVG, else drawn by lot
+        figure.savefig(out, metadata=dates[out.suffix.lower()])
     out.with_suffix(".json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
     return numbers
+
+
+def _check_ending(out: str | Path) -> None:
+    """ValueError where ``out`` names no kind of picture."""
+    if Path(out).suffix.lower() not in KINDS:
+        raise ValueError(f"out must end in {', '.join(KINDS)}, got {str(out)!r}.")
 
 
 def _player(track: TrackInfo) -> str:
@@ -112,6 +129,8 @@ def program_name(player: str) -> str:
     """Name of a program in General MIDI, given as text, or of the drum kit."""
     if player == DRUMS:
         return "Drums"
+    from statezoo.datamodules.music.notes import require
+
     require("pretty_midi", "Naming instruments")
     from pretty_midi import (  # type: ignore[import-untyped]
         program_to_instrument_name,
