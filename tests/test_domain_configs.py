@@ -61,8 +61,8 @@ def test_finds_a_planted_word_in_ninety_seconds(folder, capsys):
         rows.append(f"{''.join(letters)},{i % 2},{'test' if i >= 4000 else 'train'}")
     (folder / "planted.csv").write_text("\n".join(rows))
     data = ["--data", "LabelledDNA", "--data.path", "planted.csv"]
-    model = ["--model", "SequenceClassifier", "--model.mixers", "[gla]", "--model.d_model", "64"]
-    model += ["--model.n_layers", "2", "--model.bidirectional", "true"]
+    model = ["--model", "SequenceClassifier", "--model.mixers", "[gated_deltanet]"]
+    model += ["--model.d_model", "64", "--model.n_layers", "2", "--model.bidirectional", "true"]
     run = ["--trainer.max_steps", "200", "--name", "planted"]
     main(["fit", *data, "--data.batch_size", "32", *model, *run])
     capsys.readouterr()

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from statezoo.music.continuation import continue_piece
     from statezoo.music.decoding import Sampling
     from statezoo.music.harmony import harmonise, harmony_nll
+    from statezoo.music.infilling import infill
 
 __all__ = [
     "Sampling",
     "continue_piece",
     "harmonise",
     "harmony_nll",
+    "infill",
 ]
 
 _HOMES = {
@@ -30,6 +32,7 @@ _HOMES = {
     "continue_piece": "continuation",
     "harmonise": "harmony",
     "harmony_nll": "harmony",
+    "infill": "infilling",
 }
 
 

@@ -8,7 +8,7 @@ from statezoo.music.audio import render_file
 from statezoo.music.bench import bench
 from statezoo.music.evaluate import evaluate
 from statezoo.music.pianoroll import plot_file
-from statezoo.music.writing import continue_prompt, harmonise_melody
+from statezoo.music.writing import continue_prompt, harmonise_melody, infill_song
 
 __all__ = ["COMMANDS"]
 
@@ -17,6 +17,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "music continue": continue_prompt,
     "music evaluate": evaluate,
     "music harmonise": harmonise_melody,
+    "music infill": infill_song,
     "music plot": plot_file,
     "music render": render_file,
 }

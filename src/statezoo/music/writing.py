@@ -1,4 +1,4 @@
-"""``statezoo music continue`` and ``statezoo music harmonise``."""
+"""``statezoo music continue``, ``statezoo music infill`` and ``statezoo music harmonise``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-__all__ = ["continue_prompt", "harmonise_melody"]
+__all__ = ["continue_prompt", "harmonise_melody", "infill_song"]
 
 
 def continue_prompt(
@@ -156,12 +156,59 @@ def harmonise_melody(
         for name in ("model", "unigram", "markov"):
             sys.stdout.write(f"  {name:8} {scores[name]:.4f}\n")
         return
+    _check_out(out, overwrite)
+    sampling = Sampling(temperature, top_p, seed=seed)
+    found = harmonise(model, melody, n=n, sampling=sampling, device=device)
+    found.dump_midi(out)
+    sys.stdout.write(f"wrote {out}: {sum(len(track.notes) for track in found.tracks)} notes\n")
+
+
+def _check_out(out: str, overwrite: bool) -> None:
+    """ValueError where a file would be lost, or there is no folder for it."""
     place = Path(out)
     if place.exists() and not overwrite:
         raise ValueError(f"{out} is there already: choose another --out, or pass --overwrite.")
     if not place.parent.is_dir():
         raise ValueError(f"there is no folder {place.parent} to write {place.name} to.")
+
+
+def infill_song(
+    *,
+    model: str,
+    input: str,
+    tracks: str,
+    bars: str,
+    out: str,
+    n: int = 8,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    overwrite: bool = False,
+    device: str = "cpu",
+) -> None:
+    """Write some bars of some tracks anew; all other notes stay as they are in the file.
+
+    Args:
+        model: Checkpoint, folder of a run, exported folder or Hub name, trained on Music.
+        input: MIDI, MusicXML or ABC file; four voices for a model with satb tokens.
+        tracks: Tracks to write, by number from 1 or by name, such as 1,Bass.
+        bars: First and last bar to write, counted from 1, such as 9:12.
+        out: MIDI file to write.
+        n: Candidates to draw; the likeliest is written.
+        seed: The same seed gives the same file.
+        temperature: 0 takes the likeliest token, 1 draws from the model's probabilities.
+        top_p: Draw from the likeliest tokens that have this much probability together.
+        overwrite: Replace a file that is there.
+        device: Where to run: cpu, cuda, mps.
+    """
+    _check_out(out, overwrite)
+    from statezoo.music.continuation import open_score
+    from statezoo.music.decoding import Sampling
+    from statezoo.music.infilling import infill
+
     sampling = Sampling(temperature, top_p, seed=seed)
-    found = harmonise(model, melody, n=n, sampling=sampling, device=device)
+    given = open_score(input)
+    found = infill(model, given, tracks=tracks, bars=bars, n=n, sampling=sampling, device=device)
     found.dump_midi(out)
-    sys.stdout.write(f"wrote {out}: {sum(len(track.notes) for track in found.tracks)} notes\n")
+    before, after = (sum(len(track.notes) for track in s.tracks) for s in (given, found))
+    sys.stdout.write(f"wrote {out}: {after} notes, {before} before\n")
