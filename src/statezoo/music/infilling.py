@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from statezoo.datamodules.music.base import Ids, MusicTokenizer
+from statezoo.datamodules.music.base import Ids
 from statezoo.datamodules.music.notes import TPQ, Notes, Piece, TrackInfo
 from statezoo.datamodules.music.satb import STEP, VOICES, SatbGrid
-from statezoo.music.continuation import TICK, _apart, open_score
-from statezoo.music.decoding import DRUMS, Row, Rules, Sampling, open_model, sample, score
+from statezoo.music.continuation import _apart, open_score
+from statezoo.music.decoding import Row, Rules, Sampling, open_model, sample, score
 from statezoo.music.harmony import RANGES
+from statezoo.music.merging import Events, encode, label
 from statezoo.music.spans import bar_span
 
 __all__ = ["infill"]
@@ -21,7 +22,7 @@ AFTER_BARS = 4
 """Bars after the span whose likelihood counts, too, when candidates are compared."""
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """What to write anew.
 
     Attributes:
@@ -73,13 +74,13 @@ def infill(
     notes begin and end within the bars. A candidate is as likely as the model finds the filled
     piece from the first of the bars to four bars after the last, together with the other tracks.
 
-    What the model knows while it writes depends on its tokens. With satb tokens it reads, at each
-    sixteenth, everything before and the kept voices that come earlier in it; new notes stay in
-    their voice's range. With all others it reads the song up to the span, and then writes the
-    masked instruments alone: the other tracks' notes inside the span, and all that comes after it,
-    take part only in the choice between candidates. Tokens without programs do not tell
-    instruments apart: new notes then stay between the lowest and the highest pitch that the masked
-    tracks have in the file, and each goes to the masked track whose mean pitch is nearest.
+    What the model knows while it writes is all that comes before, and of the kept notes inside the
+    span those whose turn in time has come; what comes later takes part only in the choice between
+    candidates. With satb tokens new notes stay in their voice's range. All others draw up to the
+    next kept note and read it in its place; merged tokens (BPE) cannot, and write the masked
+    instruments alone. Tokens without programs do not tell instruments apart: new notes then stay
+    between the lowest and the highest pitch that the masked tracks have in the file, and each goes
+    to the masked track whose mean pitch is nearest.
 
     Args:
         model: Checkpoint, run's folder, exported folder or Hub name; or network and tokenizer.
@@ -101,11 +102,8 @@ def infill(
         raise ValueError(f"infill needs n of at least 1, got {n}.")
     task = _task(open_score(song), tracks, bars)
     net, tokenizer = open_model(model, "music infill", device)
-    work: _Voices | _Events
-    if isinstance(tokenizer, SatbGrid):
-        work = _Voices(tokenizer, task)
-    else:
-        work = _Events(tokenizer, task)
+    work: _Voices | Events
+    work = _Voices(tokenizer, task) if isinstance(tokenizer, SatbGrid) else Events(tokenizer, task)
     rows = sample(
         net,
         tokenizer,
@@ -134,7 +132,7 @@ def _sounding(given: Any) -> list[int]:
     ]
 
 
-def _task(given: Any, tracks: str, bars: str) -> _Task:
+def _task(given: Any, tracks: str, bars: str) -> Task:
     whole = Piece.from_score(given)
     if not len(whole):
         raise ValueError("the file has no notes.")
@@ -145,7 +143,7 @@ def _task(given: Any, tracks: str, bars: str) -> _Task:
     after = last + AFTER_BARS
     until = int(starts[after]) if after < len(starts) else int(starts[-1]) + 1
     kept: Any = given.copy()
-    task = _Task(kept, _sounding(given), whole, whole, masked, start, end, until)
+    task = Task(kept, _sounding(given), whole, whole, masked, start, end, until)
     begin, stop = task.own(start), task.own(end)
     for number in masked:
         track = kept.tracks[task.places[number]]
@@ -161,18 +159,13 @@ def _find_tracks(piece: Piece, text: str) -> list[int]:
         if not named and part.isdecimal() and 1 <= int(part) <= len(piece.tracks):
             named = {int(part) - 1}
         if not named:
-            there = [_label(i, info) for i, info in enumerate(piece.tracks)]
+            there = [label(i, info) for i, info in enumerate(piece.tracks)]
             raise ValueError(f"there is no track {part!r}; the file has {', '.join(there)}.")
         found |= named
     return sorted(found)
 
 
-def _label(number: int, info: TrackInfo) -> str:
-    player = "drums" if info.is_drum else f"program {info.program}"
-    return f"{number + 1} ({info.name.strip() or player})"
-
-
-def _paste(task: _Task, notes: Notes) -> Any:
+def _paste(task: Task, notes: Notes) -> Any:
     """The file with new notes, ``[n 5]`` as those of a piece."""
     import symusic
 
@@ -193,7 +186,7 @@ def _paste(task: _Task, notes: Notes) -> Any:
     return filled
 
 
-def _likelihood(net: Any, work: _Voices | _Events, task: _Task, filled: Any) -> float:
+def _likelihood(net: Any, work: _Voices | Events, task: Task, filled: Any) -> float:
     """Nats of the filled piece from the span on; ``-inf`` if nothing new is in it."""
     piece = task.view(filled)
     if len(piece) == len(task.kept):
@@ -220,7 +213,7 @@ class _Voices:
         task: What to write.
     """
 
-    def __init__(self, tokenizer: SatbGrid, task: _Task) -> None:
+    def __init__(self, tokenizer: SatbGrid, task: Task) -> None:
         self.tokenizer, self.task = tokenizer, task
         self.order = _voice_order(task.whole)
         self.encode(task.whole)  # raises before anything is drawn
@@ -245,7 +238,7 @@ class _Voices:
         notes = piece.notes.copy()
         notes[:, 4] = np.array(self.order)[notes[:, 4]]
         tracks = tuple(TrackInfo(name) for name in VOICES)
-        return _encode(self.tokenizer, Piece(tracks, notes, length=piece.length))
+        return encode(self.tokenizer, Piece(tracks, notes, length=piece.length))
 
     def forced(self, row: Row) -> int | None:
         """The token of a voice that is kept; None where one is to be drawn."""
@@ -282,7 +275,7 @@ def _voice_order(piece: Piece) -> list[int]:
     """Voice of each track, by name or from high to low."""
     names = [info.name[:1].upper() for info in piece.tracks]
     if len(names) != len(VOICES) or piece.drums.any():
-        there = [_label(i, info) for i, info in enumerate(piece.tracks)]
+        there = [label(i, info) for i, info in enumerate(piece.tracks)]
         raise ValueError(
             "the model writes four voices, so the file needs four tracks with notes and no drums; "
             f"it has {', '.join(there)}."
@@ -295,108 +288,9 @@ def _voice_order(piece: Piece) -> list[int]:
             bar = np.searchsorted(piece.bars(at + 1), at, side="right")
             raise ValueError(
                 "the model writes four voices of one note at a time, and track "
-                f"{_label(number, info)} has two notes at once in bar {bar}."
+                f"{label(number, info)} has two notes at once in bar {bar}."
             )
     if names == [name[0] for name in VOICES]:
         return [*range(len(VOICES))]
     mean = [-piece.pitch[piece.track == number].mean() for number in range(len(VOICES))]
     return [int(voice) for voice in np.argsort(np.argsort(mean))]
-
-
-def _encode(tokenizer: MusicTokenizer, piece: Piece) -> Ids:
-    try:
-        return tokenizer.encode_piece(piece)
-    except ValueError as error:
-        raise ValueError(
-            f"the file cannot be written in the model's {tokenizer.kind} tokens: it {error}."
-        ) from error
-
-
-# ------------------------------------------------------------------------ events
-
-
-class _Events:
-    """Events in time: the model goes on from the span's start as the masked instruments.
-
-    Args:
-        tokenizer: Whose tokens.
-        task: What to write.
-    """
-
-    forced = None
-
-    def __init__(self, tokenizer: MusicTokenizer, task: _Task) -> None:
-        self.tokenizer, self.task = tokenizer, task
-        self.players = [_player(info) for info in task.whole.tracks]
-        named = bool(getattr(tokenizer, "programs", False))
-        melodic = task.whole.notes[np.isin(task.whole.track, task.masked)]
-        if not named:
-            self._check_drums()
-        self.named = named
-        self.mean = {i: melodic[melodic[:, 4] == i, 2].mean() for i in task.masked}
-        pitches = (int(melodic[:, 2].min()), int(melodic[:, 2].max()))
-        self.start, self.end = self.time(task.start), self.time(task.end)
-        self.end = max(self.end, self.start + 1)
-        self.prompt = self._prompt(self.encode(task.whole))
-        self.allowed = Rules(
-            tokenizer,
-            start=self.start,
-            end=self.end,
-            programs={self.players[i] for i in task.masked} if named else None,
-            pitches=None if named else pitches,
-        )
-
-    def _check_drums(self) -> None:
-        tracks = self.task.whole.tracks
-        drums = [_label(i, tracks[i]) for i in self.task.masked if tracks[i].is_drum]
-        if drums:
-            raise ValueError(
-                f"track {', '.join(drums)} has drums, which the model's {self.tokenizer.kind} "
-                "tokens leave out: train with --data.programs true, or choose other tracks."
-            )
-
-    def time(self, tick: int) -> int:
-        """A tick of a piece in the tokens' time: milliseconds for performance events."""
-        if self.tokenizer.kind != "performance":
-            return tick
-        seconds = self.task.whole.seconds(np.array([tick]))[0]
-        return int(np.rint(seconds * 1000 / TICK)) * TICK
-
-    def encode(self, piece: Piece) -> Ids:
-        """``[T]`` ids."""
-        return _encode(self.tokenizer, piece)
-
-    def _prompt(self, ids: Ids) -> Ids:
-        """What comes before the span, and the span's meter, if it stands first."""
-        state = self.tokenizer.start()
-        for place, token in enumerate(ids.tolist()):
-            state = self.tokenizer.advance(state, token)
-            kinds = {part.partition("_")[0] for part in self.tokenizer.names[token].split("+")}
-            if state.tick > self.start or (
-                state.tick == self.start and not kinds <= {"Bar", "TimeSig"}
-            ):
-                return ids[:place]
-        return ids
-
-    def notes(self, row: Row) -> Notes:
-        """``[n 5]`` what was drawn, in the file's time and tracks."""
-        piece = self.tokenizer.decode_piece([*self.prompt.tolist(), *row.ids])
-        begun = (piece.onset >= self.start) & (piece.onset < self.end)
-        notes = piece.notes[begun].copy()
-        if self.tokenizer.kind == "performance":
-            ticks = np.arange(self.task.start, self.task.end + 1)
-            at = self.task.whole.seconds(ticks) * 1000
-            bounds = np.stack([notes[:, 0], notes[:, 0] + notes[:, 1]])
-            bounds = np.rint(np.interp(bounds, at, ticks)).astype(np.int64)
-            notes[:, 0], notes[:, 1] = bounds[0], np.maximum(bounds[1] - bounds[0], 1)
-        players = [_player(info) for info in piece.tracks]
-        for note in notes:
-            mine = [
-                i for i in self.task.masked if not self.named or self.players[i] == players[note[4]]
-            ]
-            note[4] = min(mine, key=lambda i: abs(self.mean[i] - note[2])) if mine else -1
-        return notes
-
-
-def _player(info: TrackInfo) -> int:
-    return DRUMS if info.is_drum else info.program
