@@ -9,8 +9,13 @@ import symusic
 import torch
 
 from statezoo.commands import run
+from statezoo.datamodules.music.notes import Piece
 from statezoo.datamodules.music.tokenizers import music_tokenizer
+from statezoo.datamodules.tokenizers import Characters
 from statezoo.music import Sampling, infill
+from statezoo.music.decoding import sample, score
+from statezoo.music.infilling import find_task
+from statezoo.music.merging import Events
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
 pytestmark = [
@@ -152,8 +157,6 @@ def test_the_candidate_that_the_model_finds_likeliest_is_taken():
     tokenizer = music_tokenizer("satb")
     net = network(tokenizer)
     given, _ = chorale()
-    from statezoo.datamodules.music.notes import Piece
-    from statezoo.music.decoding import score
 
     def nats(one):
         return score(net, tokenizer, tokenizer.encode_piece(Piece.from_score(one))).sum()
@@ -204,8 +207,6 @@ def test_models_that_cannot_write_it():
     two.tracks[1].notes.append(symusic.Note(0, 6 * 4 * TPQ, 60, 70))
     with pytest.raises(ValueError, match=r"track 2 \(Alto\) has two notes at once in bar 1\."):
         infill(model, two, tracks="1", bars="1")
-    from statezoo.datamodules.tokenizers import Characters
-
     text = Characters("abc")
     with pytest.raises(ValueError, match="music infill needs a model of music"):
         infill((network(text), text), given, tracks="1", bars="1")
@@ -214,3 +215,53 @@ def test_models_that_cannot_write_it():
     remi = music_tokenizer("remi")
     with pytest.raises(ValueError, match=r"track 4 \(Bass\) has drums, which the model's remi"):
         infill((network(remi), remi), kit, tracks="4", bars="1")
+
+
+EVENTS = [
+    (kind, settings)
+    for kind in ("remi", "tsd", "midilike")
+    for settings in ({}, {"programs": True})
+] + [("performance", {})]
+
+
+@pytest.mark.parametrize(("kind", "settings"), EVENTS)
+def test_the_model_reads_the_kept_notes_of_the_span_in_their_place(kind, settings):
+    tokenizer = music_tokenizer(kind, **settings)
+    given, _ = chorale()
+    given.tracks[0].program = 10  # as the masked one
+    given.tracks[3].is_drum = bool(settings)
+    work = Events(tokenizer, find_task(given, "2", "3:4"))
+    net = network(tokenizer)
+    kept = tokenizer.encode_piece(work.task.kept)
+
+    def played(ids):
+        piece = tokenizer.decode_piece(ids)
+        return {
+            (piece.tracks[note[4]].is_drum, piece.tracks[note[4]].program, *note[:1], *note[2:4])
+            for note in piece.notes.tolist()
+            if work.start <= note[0] < work.end
+        }
+
+    rules = {"end": work.end, "allowed": work.allowed, "forced": work.forced}
+    for row in sample(net, tokenizer, work.prompt, rows=3, sampling=Sampling(seed=4), **rules):
+        whole = played([*work.prompt, *row.ids])
+        assert len(played(kept)) > 10
+        assert played(kept) <= whole
+        assert len(whole - played(kept)) == len(work.notes(row))
+
+
+@pytest.mark.parametrize("kind", ["satb", "remi", "performance"])
+def test_all_bars_of_all_tracks(kind):
+    tokenizer = music_tokenizer(kind)
+    given, bar = chorale()
+    filled = infill((network(tokenizer), tokenizer), given, tracks="1,2,3,4", bars="1:6", n=2)
+    assert check(filled, given, range(4), 0, 6 * bar)
+
+
+def test_merged_tokens_write_the_masked_tracks_alone():
+    given, bar = chorale()
+    plain = music_tokenizer("tsd")
+    tokenizer = plain.train([Piece.from_score(given)], plain.vocab_size + 20)
+    settings = {"tracks": "Alto", "bars": "3:4", "n": 2, "sampling": Sampling(seed=1)}
+    filled = infill((network(tokenizer), tokenizer), given, **settings)
+    assert check(filled, given, [1], 2 * bar, 4 * bar)

@@ -16,7 +16,7 @@ from statezoo.music.harmony import RANGES
 from statezoo.music.merging import Events, encode, label
 from statezoo.music.spans import bar_span
 
-__all__ = ["infill"]
+__all__ = ["Task", "find_task", "infill"]
 
 AFTER_BARS = 4
 """Bars after the span whose likelihood counts, too, when candidates are compared."""
@@ -100,7 +100,7 @@ def infill(
     sampling.check()
     if n < 1:
         raise ValueError(f"infill needs n of at least 1, got {n}.")
-    task = _task(open_score(song), tracks, bars)
+    task = find_task(open_score(song), tracks, bars)
     net, tokenizer = open_model(model, "music infill", device)
     work: _Voices | Events
     work = _Voices(tokenizer, task) if isinstance(tokenizer, SatbGrid) else Events(tokenizer, task)
@@ -132,7 +132,12 @@ def _sounding(given: Any) -> list[int]:
     ]
 
 
-def _task(given: Any, tracks: str, bars: str) -> Task:
+def find_task(given: Any, tracks: str, bars: str) -> Task:
+    """What a score and the user's tracks and bars ask for.
+
+    Raises:
+        ValueError: If there are no such tracks or bars, or no notes.
+    """
     whole = Piece.from_score(given)
     if not len(whole):
         raise ValueError("the file has no notes.")
