@@ -121,6 +121,21 @@ def test_command_line_reads_the_settings(root, tmp_path, monkeypatch):
     assert stop.value.code == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_fine_tunes_the_network_of_a_run(root, tmp_path, monkeypatch):
+    from statezoo.main import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STATEZOO_CACHE", str(tmp_path / "cache"))
+    small = "--model.mixers [gla] --model.d_model 16 --model.n_layers 1 --trainer.max_steps 2"
+    data = ["--data.path", str(root / "GUE" / "tf"), "--name", "base"]
+    main(["fit", "--config", "dna/classify", *small.split(), *data])
+    where = {"root": str(root), "tasks": "GUE/tf", "out": "t.md", "model": "runs/base"}
+    bench(**where, seeds=1, steps=40, lr=1e-2)
+    row = next(x for x in (tmp_path / "t.md").read_text().splitlines() if "**base**" in x)
+    assert float(row.split("|")[4].split()[0]) > 0.8
+
+
 def test_bootstrap_is_that_of_a_loop():
     rng = np.random.default_rng(1)
     right = rng.integers(0, 4, size=150) / 3

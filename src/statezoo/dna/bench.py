@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from statezoo.arguments import find_weights
 from statezoo.dna.bench_table import Section, markdown
 
 __all__ = ["Task", "bench", "find_tasks", "train_and_test"]
@@ -78,7 +79,7 @@ def bench(
             per network and seed.
         tasks: Names of data sets, with * and ?, separated by commas.
         mixers: Architectures to compare, separated by commas; + joins those of a hybrid.
-        model: Checkpoint, Hub folder or Hub name to fine-tune instead.
+        model: Checkpoint, folder of a run, Hub folder or Hub name to fine-tune instead.
         seeds: Runs of each; a seed draws weights, order and, where none is given, the validation.
         steps: Optimiser steps; 0 chooses by the size of the data.
         d_model: Width of the stream of tokens.
@@ -92,6 +93,8 @@ def bench(
     found = find_tasks(root, tasks)
     recipe = Recipe(d_model, n_layers, steps, lr, pooling, reverse_complement, device)
     networks = [model] if model else [name.strip() for name in mixers.split(",") if name.strip()]
+    if model:
+        find_weights(model)  # a run without a checkpoint is told before the baselines are fitted
     if seeds < 1 or not networks:
         raise ValueError(f"bench needs at least one seed and one of mixers, got seeds={seeds}.")
     table, store, sections = Path(out), _Store(Path(out).with_suffix(".json")), list[Section]()
@@ -303,7 +306,7 @@ def _classifier(data: Any, network: str, recipe: Recipe, pretrained: bool) -> An
         "optim": {"lr": recipe.lr},
     }
     if pretrained:
-        return SequenceClassifier(pretrained=network, **shared)
+        return SequenceClassifier(pretrained=find_weights(network), **shared)
     return SequenceClassifier(
         [*network.split("+")],
         d_model=recipe.d_model,
