@@ -86,7 +86,7 @@ def test_every_command_runs_in_order(folder, monkeypatch, capsys):
     for left in ("best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "loss.png", "export"):
         assert (folder / "runs" / "gla-text" / "version_0" / left).exists()
     for made in ("my_model/model.safetensors", "nll.bedGraph", "scored.vcf", "vectors.parquet",
-                 "generated.fa", "out/1.mid", "out/2.png", "roll.png", "theme.wav"):  # fmt: skip
+                 "generated.fa", "out/1.mid", "out/2.png", "filled.mid", "roll.png", "theme.wav"):  # fmt: skip
         assert (folder / made).stat().st_size > 0
 
 

@@ -201,7 +201,7 @@ def _paste(kept: _Prompt, tokenizer: MusicTokenizer, ids: Ids, new: Ids, start: 
             score.tracks.append(
                 symusic.Track(name=info.name, program=info.program, is_drum=info.is_drum)
             )
-        for row in _apart(mine, score.tracks[place].notes).tolist():
+        for row in apart(mine, score.tracks[place].notes).tolist():
             score.tracks[place].notes.append(symusic.Note(*row[:4]))
     tempos = [(round(tick * scale), qpm) for tick, qpm in piece.tempos if tick >= start]
     for tick, qpm in tempos if tokenizer.kind != "performance" else ():
@@ -251,7 +251,7 @@ def _destination(
     return order[track] if track < len(order) else len(tracks)
 
 
-def _apart(rows: Notes, before: Sequence[Any]) -> Notes:
+def apart(rows: Notes, before: Sequence[Any]) -> Notes:
     """Notes of which none begins while its pitch sounds: MIDI could not tell them apart."""
     held: dict[int, int] = {}
     for note in before:

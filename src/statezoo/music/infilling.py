@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from statezoo.datamodules.music.base import Ids
 from statezoo.datamodules.music.notes import TPQ, Notes, Piece, TrackInfo
 from statezoo.datamodules.music.satb import STEP, VOICES, SatbGrid
-from statezoo.music.continuation import _apart, open_score
+from statezoo.music.continuation import apart, open_score
 from statezoo.music.decoding import Row, Rules, Sampling, open_model, sample, score
 from statezoo.music.harmony import RANGES
 from statezoo.music.merging import Events, encode, label
@@ -185,7 +185,7 @@ def _paste(task: Task, notes: Notes) -> Any:
         track = filled.tracks[task.places[number]]
         new = rows[(rows[:, 4] == number) & (rows[:, 0] < stop)]
         before = [note for note in track.notes if note.time < begin]
-        for row in _apart(new, before).tolist() if len(new) else ():
+        for row in apart(new, before).tolist() if len(new) else ():
             track.notes.append(symusic.Note(*row[:4]))
         track.notes = sorted(track.notes, key=lambda note: note.time)
     return filled
