@@ -1,9 +1,10 @@
 """The optimiser's settings, which parameters it decays, and how its rate runs along the steps."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch import nn
@@ -29,6 +30,9 @@ class Optim:
         clip_norm: Longest gradient that is used as it is; longer ones are scaled to this length.
             0 never clips.
         decay_embeddings: Pull the embedding to zero too.
+        rates: Factors of ``lr`` by patterns of the network's parameter names, the first that fits:
+            ``{"score*": 10, "model.layers.0.*": 0.1, "model.embed*": 0}``; 0 freezes. Names without
+            a pattern have ``lr``.
     """
 
     lr: float = 3e-3
@@ -40,6 +44,7 @@ class Optim:
     total_steps: int | None = None
     clip_norm: float = 1.0
     decay_embeddings: bool = False
+    rates: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
@@ -57,6 +62,11 @@ class Optim:
             )
         if self.total_steps is not None and self.total_steps < 1:
             raise ValueError(f"optim.total_steps must be at least 1, got {self.total_steps}.")
+        for pattern, factor in self.rates.items():
+            if not 0 <= factor < math.inf:
+                raise ValueError(
+                    f"optim.rates must be at least 0, a factor of lr, got {factor} for {pattern!r}."
+                )
 
     @classmethod
     def of(cls, settings: "Optim | Mapping[str, Any] | None") -> "Optim":
@@ -116,22 +126,92 @@ def decays(name: str, embeddings: set[str], decay_embeddings: bool = False) -> b
     return not (in_norm or last in NOT_DECAYED or last.endswith("_bias"))
 
 
+def freeze(net: nn.Module, rates: Mapping[str, float]) -> None:
+    """Freeze the parameters of ``net``, in place, whose rate is 0."""
+    for name, parameter in net.named_parameters():
+        pattern = _pattern_of(name, rates)
+        if pattern is not None and rates[pattern] == 0:
+            parameter.requires_grad_(False)
+
+
+def _pattern_of(name: str, rates: Iterable[str]) -> str | None:
+    """Return the first pattern that a name fits, if there is one."""
+    return next((pattern for pattern in rates if fnmatchcase(name, pattern)), None)
+
+
+def check_rates(net: nn.Module, rates: Mapping[str, float]) -> None:
+    """Compare patterns with the names of parameters.
+
+    Raises:
+        ValueError: If a pattern fits no name, or only names that an earlier pattern has, or sets
+            the rate of what is frozen by ``tune``; or if nothing is left to be trained.
+    """
+    found: dict[str, list[nn.Parameter]] = {pattern: [] for pattern in rates}
+    for name, parameter in net.named_parameters():
+        if (pattern := _pattern_of(name, rates)) is not None:
+            found[pattern].append(parameter)
+    for pattern, parameters in found.items():
+        if not parameters:
+            raise ValueError(f"optim.rates: {_unfit(pattern, net)}.")
+        if rates[pattern] and not any(p.requires_grad for p in parameters):
+            raise ValueError(
+                f"optim.rates: {pattern!r} fits only parameters that are not trained here: leave "
+                "the pattern out, or choose another tune."
+            )
+    if not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(
+            "optim.rates freezes every parameter, so there is nothing to train: give some pattern "
+            "a rate above 0."
+        )
+
+
+def _unfit(pattern: str, net: nn.Module) -> str:
+    """Say why a pattern fits nothing, and what it may have meant."""
+    names = [name for name, _ in net.named_parameters()]
+    if any(fnmatchcase(name, pattern) for name in names):
+        return f"what {pattern!r} fits has its rate from the patterns before it: put it first"
+    every = net.named_parameters(remove_duplicate=False)
+    if tied := [(name, p) for name, p in every if fnmatchcase(name, pattern)]:
+        own = next(name for name, p in net.named_parameters() if p is tied[0][1])
+        return f"{pattern!r} fits {tied[0][0]}, which is the same tensor as {own}: name that one"
+    parts = {
+        ".".join(n.split(".")[i:]): n for n in reversed(names) for i in range(n.count(".") + 1)
+    }
+    near = [parts[part] for part in get_close_matches(pattern.strip("*."), parts, 3, 0.4)]
+    return f"{pattern!r} fits no parameter; the nearest are {', '.join(near or names[:3])}"
+
+
 def adamw(net: nn.Module, optim: Optim) -> AdamW:
-    """Return AdamW over the trainable parameters, in a decayed and an undecayed group."""
+    """Return AdamW over the trainable parameters, frozen by :func:`freeze` where a rate is 0.
+
+    There is a decayed and an undecayed group for each factor of the rate, those of factor 1 first.
+
+    Raises:
+        ValueError: If ``optim.rates`` has a pattern without use.
+    """
     embeddings = {
         f"{path}.{name}" if path else name
         for path, module in net.named_modules()
         if isinstance(module, nn.Embedding)
         for name, _ in module.named_parameters(recurse=False)
     }
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    freeze(net, optim.rates)
+    check_rates(net, optim.rates)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, embeddings, optim.decay_embeddings)].append(parameter)
+            pattern = _pattern_of(name, optim.rates)
+            factor = 1.0 if pattern is None else float(optim.rates[pattern])
+            decayed = decays(name, embeddings, optim.decay_embeddings)
+            groups.setdefault((factor, decayed), []).append(parameter)
     return AdamW(
         [
-            {"params": groups[True], "weight_decay": optim.weight_decay},
-            {"params": groups[False], "weight_decay": 0.0},
+            {
+                "params": parameters,
+                "lr": factor * optim.lr,
+                "weight_decay": optim.weight_decay if decayed else 0.0,
+            }
+            for (factor, decayed), parameters in groups.items()
         ],
         lr=optim.lr,
         betas=optim.betas,

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from statezoo.datamodules.batch import Batch
 from statezoo.lightning_modules import checkpoint as ckpt
-from statezoo.lightning_modules.optim import Optim, adamw, rate
+from statezoo.lightning_modules.optim import Optim, adamw, freeze, rate
 from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune, learn_initial_states, tuned
 from statezoo.zoo.auxiliary import Auxiliary, auxiliary_loss, name_values, take_auxiliary, to_vector
 
@@ -79,6 +79,7 @@ class Task(LightningModule):
         self.tune: Tune = tune
         self.base = None if pretrained is None else str(pretrained)
         self.net, self.adapter = tuned(net, tune, Adapter.of(adapter))
+        freeze(self.net, self.optim.rates)
         self.unit = "byte"
         self.tokenizer_files = ckpt.pretrained_tokenizer(pretrained) if pretrained else {}
         self._window: list[tuple[Tensor, Tensor]] = []  # nats and count of each micro-batch
@@ -307,9 +308,20 @@ class Task(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back the tokenizer, the state of the random numbers, and that of the mixers."""
+        self._check_rates_of(checkpoint.get("hyper_parameters", {}).get("optim") or {})
         ours = checkpoint.get(ckpt.KEY, {})
         self.base = ours.get("base", self.base)
         if (rank := ours.get("config", {}).get("initial_states")) is not None:
             learn_initial_states(self.net, rank)  # those of the weights that the run started from
         self.tokenizer_files = ours.get("tokenizer", self.tokenizer_files)
         self._rng = ours.get("rng")
+
+    def _check_rates_of(self, saved: Mapping[str, Any]) -> None:
+        """Raise where a run that is to go on had other rates, so other groups of parameters."""
+        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        if resumes and saved and (had := saved.get("rates") or {}) != self.optim.rates:
+            raise ckpt.CheckpointError(
+                f"the checkpoint was made with optim.rates {had}, this run has "
+                f"{self.optim.rates}: give the same, or start a new run from its weights with "
+                "--model.pretrained."
+            )
