@@ -93,7 +93,7 @@ def test_a_trained_model_fits():
 
 
 def test_says_what_does_not_fit():
-    with pytest.raises(ValueError, match="even multiple of n_heads=8"):
+    with pytest.raises(ValueError, match="even head width, at least 2; got 3"):
         Liger(D, n_heads=8)
     with pytest.raises(ValueError, match="window=0"):
         Liger(D, window=0)

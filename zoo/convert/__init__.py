@@ -1,8 +1,9 @@
 """Public checkpoints: read into models of the zoo, and written back where others read them.
 
 What is read is told by keys and shapes, never by a version: state-spaces' original Mamba and
-Mamba-2, those of transformers and fla, and fla's and linear-moe's models of one skeleton, with
-fused or separate MLPs, old and new names, padded vocabularies and heads with or without a tie.
+Mamba-2, those of transformers and fla, fla's and linear-moe's models of one skeleton, with
+fused or separate MLPs, old and new names, padded vocabularies and heads with or without a tie, and
+transformers' Llama, Mistral, Qwen2 and Qwen3.
 A tensor or setting that would be lost without a reason, or a setting that means another function
 than the zoo has, is an error. Nothing from a checkpoint is executed.
 """
@@ -14,17 +15,20 @@ from typing import Any, Literal
 import torch
 from transformers.initialization import no_init_weights
 
+from statezoo.safety import CONFIG, check_numbers
 from statezoo.zoo.config import StateZooConfig
+from statezoo.zoo.convert.decoders import DECODERS, complete, convert_decoder
 from statezoo.zoo.convert.export import to_transformers
 from statezoo.zoo.convert.files import copy_tokenizer, fetch, read_config, read_tensors
 from statezoo.zoo.convert.fla import FAMILIES, convert_fla
 from statezoo.zoo.convert.mamba import convert_mamba
 from statezoo.zoo.convert.source import Report, Settings, Tensors
 from statezoo.zoo.model import StateZooForCausalLM
+from statezoo.zoo.sizes import check_size
 
 __all__ = ["SUPPORTED", "Report", "convert", "fetch", "load", "to_transformers"]
 
-SUPPORTED = ("mamba", "mamba2", *FAMILIES)
+SUPPORTED = ("mamba", "mamba2", *FAMILIES, *DECODERS)
 logger = logging.getLogger(__name__)
 
 
@@ -55,11 +59,16 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[StateZooForCausalLM, Report
             f"{', '.join(sorted(SUPPORTED))}, and state-spaces' original files."
         )
     report = Report(kind)
+    if kind in DECODERS:
+        config = complete(config)
     settings, tensors = Settings(config, report), Tensors(read_tensors(folder), report)
-    convert_kind = convert_fla if kind in FAMILIES else convert_mamba
+    convert_kind = convert_mamba
+    if kind in FAMILIES or kind in DECODERS:
+        convert_kind = convert_fla if kind in FAMILIES else convert_decoder
     try:
         new = StateZooConfig(**convert_kind(settings, tensors))
         settings.finish()
+        check_size(StateZooForCausalLM, new, found)
         state = tensors.finish(shapes(new))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
@@ -94,7 +103,7 @@ def convert(
     if model_type(read_config(source)) == "statezoo":
         if to == "statezoo":
             raise ValueError(f"{source} holds a statezoo model already.")
-        net = StateZooForCausalLM.from_pretrained(source, **kwargs)
+        net = statezoo.load(source, **kwargs)
         report = Report("statezoo", {name: name for name, _ in net.named_parameters()})
     else:
         net, report = load(source, **kwargs)
