@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, Literal
 
 from statezoo.explain import explain
+from statezoo.linearize import linearize
 from statezoo.listing import aligned, listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
@@ -41,6 +42,27 @@ def train_tokenizer(*paths: str, out: str, vocab_size: int = 4096) -> None:
         )
     tokenizer = (train_dna_bpe if genomes else train_bpe)(paths, vocab_size, out)
     sys.stdout.write(f"wrote {out}: {tokenizer.vocab_size} symbols\n")
+
+
+def extend_tokenizer(base: str, *, tokens: str, out: str) -> None:
+    """Add symbols to the tokenizer of pretrained weights; the others keep their numbers.
+
+    Args:
+        base: Run, checkpoint, model folder or name, or a tokenizer.
+        tokens: New symbols, with commas between.
+        out: Folder to write; ``--data.tokenizer FOLDER --model.vocabulary extend`` uses it.
+    """
+    from statezoo.arguments import find_weights
+    from statezoo.datamodules.extending import extend_tokenizer as extend
+    from statezoo.datamodules.tokenizers import load_tokenizer
+
+    found = load_tokenizer(find_weights(base))
+    tokenizer = extend(found, [token.strip() for token in tokens.split(",")])
+    tokenizer.save(out)
+    sys.stdout.write(
+        f"wrote {out}: {tokenizer.vocab_size} symbols, "
+        f"{tokenizer.vocab_size - found.vocab_size} of them new\n"
+    )
 
 
 def export(ckpt: str, folder: str) -> None:
@@ -127,7 +149,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "convert": convert,
     "explain": explain,
+    "linearize": linearize,
     "list": list_parts,
+    "tokenizer extend": extend_tokenizer,
     "tokenizer train": train_tokenizer,
 }
 
