@@ -12,16 +12,18 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
 )
 
 from statezoo.zoo.cache import cache_from_tensors, cache_to_tensors, detach, fork
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.mixer import MIXERS, Mixer, build_mixer, mixer_settings
 from statezoo.zoo.model import StateZooForCausalLM, StateZooModel
+from statezoo.zoo.pooling import pool
+from statezoo.zoo.tagging import StateZooForTokenClassification
 from statezoo.zoo.tasks import (
     StateZooForMaskedLM,
     StateZooForSequenceClassification,
-    pool,
     with_head,
 )
 
@@ -32,6 +34,7 @@ __all__ = [
     "StateZooForCausalLM",
     "StateZooForMaskedLM",
     "StateZooForSequenceClassification",
+    "StateZooForTokenClassification",
     "StateZooModel",
     "build_mixer",
     "cache_from_tensors",
@@ -53,4 +56,7 @@ AutoModelForCausalLM.register(StateZooConfig, StateZooForCausalLM, exist_ok=True
 AutoModelForMaskedLM.register(StateZooConfig, StateZooForMaskedLM, exist_ok=True)
 AutoModelForSequenceClassification.register(
     StateZooConfig, StateZooForSequenceClassification, exist_ok=True
+)
+AutoModelForTokenClassification.register(
+    StateZooConfig, StateZooForTokenClassification, exist_ok=True
 )

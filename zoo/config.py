@@ -51,6 +51,8 @@ class StateZooConfig(PreTrainedConfig):
         label2id: Their numbers, by name; follows from ``id2label``.
         problem_type: ``"regression"``, ``"single_label_classification"`` or
             ``"multi_label_classification"``; by default told by the labels.
+        label_scale: Mean and standard deviation of each number of a regression, which is trained
+            on ``(number - mean) / deviation`` and answers in units of the numbers; default: none.
         bos_token_id: First token of a text, if there is one.
         eos_token_id: Token (or tokens) that ends a text, if there is one.
         pad_token_id: Padding, if there is one.
@@ -80,6 +82,7 @@ class StateZooConfig(PreTrainedConfig):
     complement: list[int] | None = None
     initial_states: int | None = None
     pooling: Literal["mean", "last", "profile"] = "mean"
+    label_scale: list[list[float]] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -146,6 +149,16 @@ class StateZooConfig(PreTrainedConfig):
         if self.label2id != inverse or len(inverse) < len(named):
             raise ValueError(
                 f"label2id must be the inverse of id2label {named}, got {self.label2id}."
+            )
+        scale = self.label_scale
+        if scale is not None and (
+            self.problem_type not in (None, "regression")
+            or len(scale) != len(named)
+            or any(len(pair) != 2 or pair[1] <= 0 for pair in scale)
+        ):
+            raise ValueError(
+                "label_scale needs a mean and a deviation above 0 for each of the "
+                f"{len(named)} numbers of a regression, got {scale}."
             )
 
     @property

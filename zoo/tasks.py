@@ -1,7 +1,7 @@
 """Heads beside the causal one: masked tokens, and one answer per sequence; and a change of head."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from statezoo.kernels._varlen import segment_ids
 from statezoo.zoo.auxiliary import add_auxiliary
 from statezoo.zoo.config import LABELS, StateZooConfig
 from statezoo.zoo.loss import IGNORE, mean_loss
@@ -19,12 +18,10 @@ from statezoo.zoo.model import (
     StateZooPreTrainedModel,
     StreamOutput,
 )
-from statezoo.zoo.padding import find_padding
+from statezoo.zoo.pooling import TERMS, pool
 from statezoo.zoo.strands import head_of_both
+from statezoo.zoo.tagging import StateZooForTokenClassification, scored_labels
 
-Pooling = Literal["mean", "last", "first", "profile"]
-TERMS = 64
-"""Cosines by which a profile describes the course of the stream along a sequence."""
 Net = TypeVar("Net", bound=StateZooPreTrainedModel)
 
 
@@ -91,10 +88,7 @@ class StateZooForMaskedLM(StateZooPreTrainedModel):
         )
         (x, weight), loss, logits = self.head(out), None, None
         if labels is not None:
-            targets = labels
-            if attention_mask is not None:
-                real = attention_mask[:, attention_mask.shape[1] - labels.shape[1] :]
-                targets = labels.masked_fill(real == 0, IGNORE)
+            targets = scored_labels(labels, attention_mask)
             n, scored = num_items_in_batch, (targets != IGNORE).sum()
             loss = add_auxiliary(mean_loss(x, weight, targets, n), out.auxiliary, scored, n)
         if labels is None or not self.training:
@@ -179,12 +173,29 @@ class StateZooForSequenceClassification(StateZooPreTrainedModel):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        logits, loss = self.score(self.pool(out, attention_mask, cu_seqlens)), None
+        logits, loss = self.answers(out, attention_mask, cu_seqlens), None
         if labels is not None:
             total, scored = self.loss_sum(logits, labels)
             n = num_items_in_batch
             loss = add_auxiliary(total / (scored if n is None else n), out.auxiliary, scored, n)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def answers(
+        self,
+        out: StreamOutput,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Return the logits ``[B C]`` of what ``.model`` returned.
+
+        With ``label_scale`` they are numbers in units of their own, in float32 at least.
+        """
+        logits: Tensor = self.score(self.pool(out, attention_mask, cu_seqlens))
+        if self.config.label_scale is None:
+            return logits
+        acc = torch.promote_types(logits.dtype, torch.float32)
+        mean, std = torch.tensor(self.config.label_scale, dtype=acc, device=logits.device).unbind(1)
+        return mean + std * logits.to(acc)
 
     def pool(
         self, out: StreamOutput, attention_mask: Tensor | None, cu_seqlens: Tensor | None
@@ -231,61 +242,6 @@ class StateZooForSequenceClassification(StateZooPreTrainedModel):
         return total, torch.tensor(labels.numel(), device=logits.device)
 
 
-def pool(
-    x: Tensor,
-    attention_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    how: Pooling = "mean",
-) -> Tensor:
-    """Sum up the real tokens of each sequence.
-
-    Args:
-        x: Stream ``[B T D]``.
-        attention_mask: 1 for tokens, 0 for padding, anywhere.
-        cu_seqlens: Bounds ``[N+1]`` of packed sequences.
-        how: The mean over the tokens, or the last or first of them, or the ``profile``: the
-            first 64 terms of the orthonormal cosine transform (DCT-II) along the sequence, which
-            tell where in it something stands.
-
-    Returns:
-        ``[B D]``, or ``[N D]`` if packed, ``[N 64D]`` as a profile; zero for a sequence without
-        tokens.
-    """
-    B, T = x.shape[:2]
-    padding = find_padding(attention_mask, B, T)
-    if padding is not None:
-        flat, cu = padding.pack(x)[0], padding.cu_seqlens.long()
-    elif cu_seqlens is not None:
-        flat, cu = x[0], cu_seqlens.long()
-    else:
-        flat, cu = x.flatten(0, 1), torch.arange(0, (B + 1) * T, T, device=x.device)
-    if how == "mean":
-        acc = flat.to(torch.promote_types(x.dtype, torch.float32))
-        total = acc.new_zeros(len(cu) - 1, x.shape[-1])
-        total = total.index_add(0, segment_ids(cu, len(flat)), acc)
-        return (total / cu.diff().clamp(min=1)[:, None]).to(x.dtype)
-    if how == "profile":
-        return _profile(flat, cu)
-    at = cu[1:] - 1 if how == "last" else cu[:-1]
-    found = F.pad(flat, (0, 0, 0, 1))  # a row of zeros at the end
-    return found[at.where(cu.diff() > 0, len(flat))]
-
-
-def _profile(x: Tensor, cu: Tensor) -> Tensor:
-    """Return the first cosine terms of each part of ``x [T D]`` along time, ``[N 64D]``."""
-    lengths, own = cu.diff(), segment_ids(cu, len(x))
-    place = torch.arange(len(x), device=x.device) - cu[own]
-    rows = x.new_zeros(len(lengths), max(1, int(lengths.max())), x.shape[-1])
-    rows = rows.index_put((own, place), x)  # [N T D], each sequence from 0 on
-    acc = torch.promote_types(x.dtype, torch.float32)
-    T = lengths.clamp(min=1)[:, None, None].to(acc)
-    t = torch.arange(rows.shape[1], device=x.device, dtype=acc)[:, None]
-    k = torch.arange(TERMS, device=x.device, dtype=acc)
-    cosines = (torch.pi * k * (t + 0.5) / T).cos() * (2 / T).sqrt()  # [N T k]
-    cosines = torch.where(k == 0, cosines / 2**0.5, cosines) * (k < T) * (t < T)
-    return (cosines.to(x.dtype).mT @ rows).flatten(1)
-
-
 @dataclass(frozen=True)
 class Exchanged:
     """Tensors by name: those that a change of head ``dropped``, and those that are ``new``."""
@@ -299,8 +255,9 @@ def with_head(
 ) -> tuple[Net, Exchanged]:
     """Copy a trained net into one for another task: the body stays, the head is new.
 
-    A head that fits stays too: that of a causal model in a masked one. A causal body may become
-    ``bidirectional``; untied, its backward direction starts as a copy of the forward one.
+    A head that fits stays too: that of a causal model in a masked one; that of a classifier where
+    it goes on to say the same kind of thing. A causal body may become ``bidirectional``; untied,
+    its backward direction starts as a copy of the forward one.
 
     Args:
         net: The trained net.
@@ -320,12 +277,15 @@ def with_head(
     """
     config = net.config.to_dict()
     ours = [*net.config.own_keys(), *LABELS]
-    names = {"num_labels", "id2label", "label2id"}
+    names = {"num_labels", "id2label", "label2id", "label_scale"}
     stale = names if changes.keys() & names else set()  # other labels have other names
     kept = {key: config[key] for key in ours if key in config and key not in stale}
     new = kind(StateZooConfig(**{**kept, **changes}))
     prefix = "model." if isinstance(net, StateZooModel) else ""
     old = {prefix + name: tensor for name, tensor in net.state_dict().items()}
+    problem = config.get("problem_type")
+    if type(net) is not kind or problem not in (None, new.config.problem_type):
+        old = {name: x for name, x in old.items() if not name.startswith("score.")}
     wanted = new.state_dict()
     for name in wanted.keys() - old.keys():
         ahead = name.replace(".mixer_back.", ".mixer.")
@@ -343,6 +303,8 @@ def with_head(
         dtype = fits[name].dtype if name in fits else net.dtype
         parameter.data = parameter.data.to(net.device, dtype)
     new.load_state_dict(fits, strict=False)
+    if "label_scale" not in changes and not any(name.startswith("score.") for name in fits):
+        new.config.label_scale = None  # of the head that is gone
     return new.train(net.training), Exchanged(dropped, missing)
 
 
@@ -350,4 +312,5 @@ TASKS: dict[str, type[StateZooPreTrainedModel]] = {
     "causal": StateZooForCausalLM,
     "masked": StateZooForMaskedLM,
     "classification": StateZooForSequenceClassification,
+    "tagging": StateZooForTokenClassification,
 }
