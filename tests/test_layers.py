@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FOR_ALL = {"safety", "shipped"}  # know no other part
 MAY_IMPORT = {
     "kernels": {"kernels"},
-    "zoo": {"kernels", "zoo"},
-    "datamodules": {"datamodules"},
-    "lightning_modules": {"kernels", "zoo", "datamodules", "lightning_modules", "hub"},
+    "zoo": {"kernels", "zoo", *FOR_ALL},
+    "datamodules": {"datamodules", *FOR_ALL},
+    "lightning_modules": {"kernels", "zoo", "datamodules", "lightning_modules", "hub", *FOR_ALL},
 }
 FILES = [f for folder in MAY_IMPORT for f in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -32,6 +33,11 @@ def test_imports_point_one_way(file):
     layer = file.relative_to(ROOT).parts[0]
     wrong = own_imports(file) - MAY_IMPORT[layer]
     assert not wrong, f"{layer} must not import {wrong}"
+
+
+@pytest.mark.parametrize("part", sorted(FOR_ALL))
+def test_what_all_may_import_imports_nothing_of_ours(part):
+    assert not own_imports(ROOT / "src" / "statezoo" / f"{part}.py")
 
 
 def test_every_layer_was_read():

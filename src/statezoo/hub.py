@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from statezoo import safety, shipped
+
 if TYPE_CHECKING:
     from statezoo.zoo.model import StateZooPreTrainedModel
 
@@ -29,7 +31,9 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def create_model(
-    name: str, task: Literal["causal", "masked", "classification"] = "causal", **settings: Any
+    name: str,
+    task: Literal["causal", "masked", "classification", "tagging"] = "causal",
+    **settings: Any,
 ) -> "StateZooPreTrainedModel":
     """Make a model with fresh weights.
 
@@ -37,7 +41,7 @@ def create_model(
         name: A mixer for all layers (see :func:`list_models`), ``"transformer"`` (softmax
             attention), or ``"hybrid"``, which needs ``mixers=[...]``, cycled over the layers.
         task: What it predicts: the next token, masked tokens, or ``num_labels`` classes of a
-            sequence.
+            sequence, or of each token.
         **settings: Keys of ``StateZooConfig`` and settings of the mixer, side by side.
 
     Raises:
@@ -78,71 +82,48 @@ def create_model(
 
 
 def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooPreTrainedModel":
-    """Load a model from a folder or from the Hub, and run no code from there.
+    """Load a model that we ship, of a folder or from the Hub, and run no code from there.
 
-    Its class is the one that ``architectures`` in ``config.json`` names.
+    Its class is the one that ``architectures`` in ``config.json`` names. The folder is looked
+    through before anything is built, see :mod:`statezoo.safety`.
 
     Models of other libraries are converted, see :mod:`statezoo.zoo.convert`: Mamba and Mamba-2 of
     state-spaces and transformers, and those of flash-linear-attention.
 
     Args:
-        path_or_id: A folder with ``config.json`` and ``model.safetensors``, or a Hub id
-            ``"owner/name"``.
+        path_or_id: A short name (``statezoo list --pretrained``), a folder with ``config.json`` and
+            ``model.safetensors``, or a Hub id ``"owner/name"``.
         **kwargs: Further arguments of ``from_pretrained``, such as ``dtype`` or ``revision``.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no model in it.
-        ValueError: If it is not a model that can be loaded, or a tensor is missing, left over or of
-            the wrong shape.
+        ValueError: If it is not a model that can be loaded, a tensor is missing, left over or of
+            the wrong shape, or the folder holds what no model's folder holds.
 
     Example:
+        >>> net = load("gla-novels")
         >>> net = load("state-spaces/mamba-130m-hf")
     """
-    from statezoo.zoo import StateZooConfig, convert
+    from statezoo.zoo import convert
+    from statezoo.zoo.loading import load_folder
 
-    place, given = Path(path_or_id), str(path_or_id)
-    if place.is_dir():
-        _check_file(place, "config.json")
-    elif place.exists() or given.count("/") != 1 or place.is_absolute() or given[:1] in (".", "~"):
-        raise FileNotFoundError(f"{given} is not a folder, and no Hub id is written like this.")
-    if kwargs.pop("trust_remote_code", False):
-        raise ValueError("load executes no code from a checkpoint; leave trust_remote_code out.")
-    where = ("revision", "cache_dir", "token", "local_files_only")
-    hub = {key: kwargs[key] for key in where if key in kwargs}
-    config = StateZooConfig.get_config_dict(str(place), **hub)[0]
-    net: StateZooPreTrainedModel
-    if config.get("model_type") != "statezoo":
-        folder = place if place.is_dir() else convert.fetch(given, **hub)
-        rest = {key: value for key, value in kwargs.items() if key not in hub}
-        net, _ = convert.load(folder, **rest)
-        return net
-    if place.is_dir():
-        _check_file(place, "model.safetensors")
-    net = _class_of(config, given).from_pretrained(str(place), use_safetensors=True, **kwargs)
-    return net
-
-
-def _class_of(config: dict[str, Any], source: str) -> "type[StateZooPreTrainedModel]":
-    """Return the class that a configuration names; the causal one where it names none."""
-    from statezoo.zoo import StateZooModel
-    from statezoo.zoo.tasks import TASKS
-
-    classes = {cls.__name__: cls for cls in [*TASKS.values(), StateZooModel]}
-    named = config.get("architectures") or [TASKS["causal"].__name__]
-    if len(named) != 1 or named[0] not in classes:
-        raise ValueError(
-            f"{source}: config.json names the architectures {named}; there are "
-            f"{', '.join(classes)}."
-        )
-    return classes[named[0]]
-
-
-def _check_file(folder: Path, name: str) -> None:
-    sharded = (folder / f"{name}.index.json").exists()
-    if not (folder / name).exists() and not sharded:
+    given = shipped.resolve(path_or_id)
+    place = Path(given)
+    is_id = given.count("/") == 1 and not place.is_absolute() and given[:1] not in (".", "~")
+    if not place.is_dir() and (place.exists() or not is_id):
         raise FileNotFoundError(
-            f"{folder} has no {name}: a model folder is what save_pretrained(folder) writes."
+            f"{given} is not a folder, and no Hub id is written like this{shipped.near(given)}."
         )
+    where = ("revision", "cache_dir", "token", "local_files_only")
+    hub = {key: kwargs.pop(key) for key in where if key in kwargs}
+    folder = place if place.is_dir() else convert.fetch(given, **hub)
+    net: StateZooPreTrainedModel
+    if safety.read_json(folder / safety.CONFIG).get("model_type") == "statezoo":
+        net = load_folder(folder, **kwargs)
+        net.name_or_path = given
+    else:
+        net, _ = convert.load(folder, **kwargs)
+    return net
 
 
 def _mixer_names() -> set[str]:

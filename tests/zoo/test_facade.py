@@ -97,7 +97,7 @@ def test_load_says_that_a_folder_is_missing(place):
 def test_load_says_what_is_not_a_model(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         statezoo.load(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="type 'llama', not 'statezoo'"):
+    with pytest.raises(ValueError, match="type 'gpt2', not 'statezoo'"):
         statezoo.load(tmp_path)

@@ -23,8 +23,8 @@ from statezoo.zoo.convert.files import copy_tokenizer, fetch, read_config, read_
 from statezoo.zoo.convert.fla import FAMILIES, convert_fla
 from statezoo.zoo.convert.mamba import convert_mamba
 from statezoo.zoo.convert.source import Report, Settings, Tensors
+from statezoo.zoo.loading import check_size, load_folder
 from statezoo.zoo.model import StateZooForCausalLM
-from statezoo.zoo.sizes import check_size
 
 __all__ = ["SUPPORTED", "Report", "convert", "fetch", "load", "to_transformers"]
 
@@ -61,7 +61,10 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[StateZooForCausalLM, Report
     report = Report(kind)
     if kind in DECODERS:
         config = complete(config)
-    settings, tensors = Settings(config, report), Tensors(read_tensors(folder), report)
+    read = read_tensors(folder)
+    check_numbers(config, len(read), folder / CONFIG)
+    found = {name: tuple(tensor.shape) for name, tensor in read.items()}
+    settings, tensors = Settings(config, report), Tensors(read, report)
     convert_kind = convert_mamba
     if kind in FAMILIES or kind in DECODERS:
         convert_kind = convert_fla if kind in FAMILIES else convert_decoder
@@ -103,7 +106,7 @@ def convert(
     if model_type(read_config(source)) == "statezoo":
         if to == "statezoo":
             raise ValueError(f"{source} holds a statezoo model already.")
-        net = statezoo.load(source, **kwargs)
+        net = load_folder(source, **kwargs)
         report = Report("statezoo", {name: name for name, _ in net.named_parameters()})
     else:
         net, report = load(source, **kwargs)

@@ -1,6 +1,5 @@
 """Reading a checkpoint's folder: configuration and tensors, and never code."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
@@ -12,16 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from statezoo import safety
+from statezoo.safety import TOKENIZER_FILES as TOKENIZER
+
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
-TOKENIZER = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 
 
 def fetch(name: str, **kwargs: Any) -> Path:
@@ -51,7 +44,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: If there is none.
         ValueError: If it is no mapping.
     """
-    return _read_json(folder / "config.json")
+    safety.check_links(folder, [safety.CONFIG])
+    return safety.read_json(folder / safety.CONFIG)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -66,6 +60,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if index.exists():
             return _read_shards(folder, index)
         if (folder / name).exists():
+            safety.check_links(folder, [name])
             return _read_file(folder / name)
     raise FileNotFoundError(f"{folder} has no {' nor '.join(WEIGHTS)}, nor shards of them.")
 
@@ -73,33 +68,19 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 def copy_tokenizer(source: Path, folder: Path) -> list[str]:
     """Copy the files of a tokenizer, as they are; return their names."""
     names = [name for name in TOKENIZER if (source / name).is_file()]
+    safety.check_links(source, names)
     for name in names:
         shutil.copyfile(source / name, folder / name)
     return names
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file.parent} has no {file.name}.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a mapping, got {type(content).__name__}.")
-    return content
-
-
 def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
-    places = _read_json(index).get("weight_map")
+    places = safety.read_json(index, safety.LARGEST_HEADER).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise ValueError(f"{index} has no weight_map of tensors to files.")
     tensors: dict[str, Tensor] = {}
     for name in sorted({str(place) for place in places.values()}):
-        if Path(name).name != name or "\\" in name:
-            raise ValueError(f"{index} points outside its folder, to {name!r}.")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}, which {index.name} names.")
+        safety.check_shard(index, name, ".safetensors", ".bin")
         shard = _read_file(folder / name)
         wrong = sorted(key for key in shard if places.get(key) != name)
         if wrong:
@@ -113,12 +94,11 @@ def _read_shards(folder: Path, index: Path) -> dict[str, Tensor]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
+        safety.read_shapes(file)
         try:
             return load_file(file)
         except SafetensorError as error:
             raise ValueError(f"{file} is not a safetensors file: {error}") from error
-    if file.suffix != ".bin":
-        raise ValueError(f"{file} is neither .safetensors nor .bin.")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
