@@ -5,12 +5,13 @@ All numbers are bits per byte of the test text, from the training text alone unl
 
 from __future__ import annotations
 
+import gzip
 import lzma
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["KneserNey", "baselines", "unigram_entropy", "xz_bits"]
+__all__ = ["KneserNey", "baselines", "gzip_bits", "unigram_entropy", "xz_bits"]
 
 Codes = NDArray[np.uint64]
 Floats = NDArray[np.float64]
@@ -34,6 +35,17 @@ def xz_bits(test: bytes, train: bytes = b"") -> float:
         return len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) if text else 0
 
     return 8 * (size(train + test) - size(train)) / len(test)
+
+
+def gzip_bits(text: bytes) -> float:
+    """Bits per byte of ``text`` in a gzip archive of its own (level 9).
+
+    Raises:
+        ValueError: If it is empty.
+    """
+    if not text:
+        raise ValueError("gzip_bits needs at least one byte to compress, got none.")
+    return 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
 
 
 def _grams(text: NDArray[np.uint8], n: int) -> Codes:
@@ -125,8 +137,8 @@ def baselines(train: bytes, test: bytes) -> dict[str, float]:
     """Bits per byte of ``test``, by method, from the weakest to the strongest usual one.
 
     ``unigram_entropy`` is the entropy of the bytes of ``test`` itself; ``kneser_ney_3`` and
-    ``kneser_ney_5`` have 3 and 5 bytes of context; ``xz`` compresses ``test`` alone, and
-    ``xz_primed`` counts what it adds to an archive of ``train``.
+    ``kneser_ney_5`` have 3 and 5 bytes of context; ``gzip`` and ``xz`` compress ``test`` alone,
+    and ``xz_primed`` counts what it adds to an archive of ``train``.
 
     Raises:
         ValueError: If ``train`` or ``test`` is empty.
@@ -135,6 +147,7 @@ def baselines(train: bytes, test: bytes) -> dict[str, float]:
         "unigram_entropy": unigram_entropy(test),
         "kneser_ney_3": KneserNey(train, 3).bits(test),
         "kneser_ney_5": KneserNey(train, 5).bits(test),
+        "gzip": gzip_bits(test),
         "xz": xz_bits(test),
         "xz_primed": xz_bits(test, train),
     }

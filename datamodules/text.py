@@ -185,14 +185,23 @@ class Text(SplitData):
         pieces = zip(cut_text(raw, bounds), labels, strict=True)
         return b"".join(piece for piece, label in pieces if SPLITS[label] == split)
 
-    def baselines(self, limit: int = 2_000_000) -> dict[str, float]:
-        """Bits per byte that classical methods need on the validation split.
+    def baselines(
+        self, split: Literal["val", "test"] = "val", *, limit: int = 2_000_000
+    ) -> dict[str, float]:
+        """Bits per byte that classical methods need on a held-out split.
 
         Args:
+            split: Which.
             limit: Bytes of each split that are used, from its beginning; a training split that
                 is longer makes the baselines weaker than they could be.
+
+        Raises:
+            ValueError: If there is no such split.
         """
-        return baselines(self.raw("train")[:limit], self.raw("val")[:limit])
+        held_out = self.raw(split)[:limit]
+        if not held_out:
+            raise ValueError(f"There is no {split} split: raise {split}_fraction.")
+        return baselines(self.raw("train")[:limit], held_out)
 
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint alone can read and write text."""

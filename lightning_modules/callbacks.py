@@ -16,6 +16,7 @@ from rich.table import Table
 
 from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.adapter import save_adapter
+from statezoo.lightning_modules.facts import TrainingFacts
 from statezoo.lightning_modules.network import NETWORKS, export, load_network
 from statezoo.lightning_modules.task import Task
 from statezoo.lightning_modules.tuning import plain_network
@@ -207,6 +208,11 @@ def draw_losses(source: Path, target: Path, scored: str = "token") -> None:
     if axes.lines:
         axes.legend()
     figure.savefig(target, dpi=120)
+
+
+def recorders() -> list[Callback]:
+    """Return the callbacks that every run has: the last validation, the curve, the facts."""
+    return [ValidateLast(), LossCurve(), TrainingFacts()]
 
 
 class ExportHub(Callback):

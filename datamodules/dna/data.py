@@ -194,16 +194,25 @@ class DNA(SplitData):
                 found.append(to_codes(self.genome.fetch(contig, start, stop)))
         return found
 
-    def baselines(self, limit: int = 20_000_000) -> dict[str, float]:
-        """Bits per base that counting needs on the validation split: fixed orders and a mixture.
+    def baselines(
+        self, split: Literal["val", "test"] = "val", *, limit: int = 20_000_000
+    ) -> dict[str, float]:
+        """Bits per base that counting needs on a held-out split: fixed orders and a mixture.
 
         Of a SYNTHETIC genome also the entropy of its generator, below which nothing can be.
 
         Args:
+            split: Which.
             limit: Bases of each split that are used, from its beginning; a training split that
                 is longer makes the baselines weaker than they could be.
+
+        Raises:
+            ValueError: If there is no such split.
         """
-        found = baselines(self.codes("train", limit), self.codes("val", limit))
+        held_out = self.codes(split, limit)
+        if not held_out:
+            raise ValueError(f"There is no {split} split: set {split}_contigs or {split}_fraction.")
+        found = baselines(self.codes("train", limit), held_out)
         if self.genome.entropy is None:
             return found
         named = {f"SYNTHETIC {name}": bits for name, bits in found.items()}

@@ -233,7 +233,7 @@ class StateZooCLI(LightningCLI):
         given = list(given) if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             extra = []
-        extra += [callbacks.ValidateLast(), callbacks.LossCurve(), tables.ConfusionTable()]
+        extra += [*callbacks.recorders(), tables.ConfusionTable()]
         if self.subcommand == "predict":
             self.predictions = tables.WritePredictions(self.config[self.subcommand].out)
             extra.append(self.predictions)

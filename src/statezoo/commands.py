@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
+from statezoo.card import card
 from statezoo.explain import explain
 from statezoo.linearize import linearize
 from statezoo.listing import aligned, listing
@@ -145,6 +146,7 @@ def convert(
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "card": card,
     "generate": generate,
     "export": export,
     "convert": convert,

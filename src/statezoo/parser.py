@@ -150,6 +150,8 @@ def command_parser(run: Callable[..., Any], program: str) -> ArgumentParser:
         about: dict[str, Any] = {"type": parameter.annotation, "help": helps.get(name)}
         if parameter.annotation is bool:
             about |= {"nargs": "?", "const": True}  # --png is --png true
+        if parameter.annotation in (list[str], list[str] | None):
+            about |= {"type": str, "nargs": "+"}
         if parameter.kind is parameter.VAR_POSITIONAL:
             parser.add_argument(name, nargs="+", **about)
         elif parameter.kind is parameter.KEYWORD_ONLY:
