@@ -29,8 +29,12 @@ class Batch(TypedDict):
             data module names it, ``unit``.
         weights: ``[B T]`` float32, what each target counts in the training loss. Validation counts
             all alike, and logs those of weight 1 beside.
-        labels: ``[B]`` int64 classes, one per sequence (``[N]`` if packed); ``IGNORE`` if unknown.
+        labels: ``[B]`` int64 classes, one per sequence (``[N]`` if packed), ``IGNORE`` if unknown;
+            ``[B C]`` float32 in {0, 1} of several labels at once, or ``[B R]`` float32 numbers,
+            NaN if unknown; or ``[B T]`` int64 tags, ``IGNORE`` where unknown, not due or padding.
+            The data's ``label_kind`` says which.
         ids: Names of the sequences, for tables of predictions.
+        tagged: ``[B T]`` bool, where a tag is due, known or not; in batches to predict tags of.
     """
 
     tokens: Tensor
@@ -41,3 +45,4 @@ class Batch(TypedDict):
     weights: NotRequired[Tensor]
     labels: NotRequired[Tensor]
     ids: NotRequired[list[str]]
+    tagged: NotRequired[Tensor]

@@ -305,7 +305,7 @@ def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
     import torch
 
     checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for name in ("Text", "DNA", "LabelledDNA", "Music"):
+    for name in ("Text", "DNA", "LabelledDNA", "LabelledText", "Music"):
         if state := checkpoint.get(name, {}).get("tokenizer"):
             return tokenizer_from_state(state)
     raise ValueError(f"{path} holds no tokenizer: it was not made with Text, DNA or Music.")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from statezoo.datamodules.dna.fasta import Genome
 
-__all__ = ["Region", "intersect", "merge", "read_intervals", "subtract"]
+__all__ = ["GFF", "Region", "intersect", "merge", "read_intervals", "read_lines", "subtract"]
 
 _SPLITS = {"train": "train", "valid": "val", "val": "val", "test": "test"}
-_GFF = re.compile(r"(.+\.(?:gff3?|gtf)(?:\.gz)?)(?::([^:/\\]+))?", re.IGNORECASE)
+GFF = re.compile(r"(.+\.(?:gff3?|gtf)(?:\.gz)?)(?::([^:/\\]+))?", re.IGNORECASE)
 
 
 class Region(NamedTuple):
@@ -89,7 +89,7 @@ def read_intervals(source: str, genome: Genome, report: list[str]) -> Parts:
         FileNotFoundError: If there is no such file.
         ValueError: If a line cannot be read or no region is left.
     """
-    gff = _GFF.fullmatch(source)
+    gff = GFF.fullmatch(source)
     path = Path(gff[1] if gff else source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"No file {str(path)!r}: give intervals as a BED or GFF file.")
@@ -135,7 +135,7 @@ def _size(regions: Iterable[Region]) -> int:
     return sum(region.stop - region.start for region in regions)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Numbered lines in columns, comments and browser lines left out."""
     opened = gzip.open if path.name.lower().endswith(".gz") else open
     try:
@@ -153,7 +153,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _bed(path: Path) -> Iterator[tuple[Region, str]]:
     """Regions and fourth columns."""
-    for number, columns in _lines(path):
+    for number, columns in read_lines(path):
         if len(columns) == 1:
             columns = columns[0].split()
         try:
@@ -176,7 +176,7 @@ def _bed(path: Path) -> Iterator[tuple[Region, str]]:
 def _gff(path: Path, feature: str) -> Iterator[tuple[Region, str]]:
     """Regions of one kind of feature; GFF counts from 1 and includes the end."""
     kinds: Counter[str] = Counter()
-    for number, columns in _lines(path):
+    for number, columns in read_lines(path):
         try:
             contig, _, kind, start, stop = columns[:5]
             region = Region(contig, int(start) - 1, int(stop))

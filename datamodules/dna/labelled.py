@@ -1,125 +1,62 @@
-"""Sequences with a class each, as batches for a classifier."""
+"""DNA sequences with labels, as batches for classifiers, taggers and regressions."""
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
-from collections.abc import Sequence
-from functools import cached_property
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from statezoo.datamodules.base import SplitData, check_tokenizer
-from statezoo.datamodules.batch import IGNORE, Batch
-from statezoo.datamodules.dna.examples import (
-    SPLITS,
-    Examples,
-    assign_splits,
-    class_names,
-    collect,
-    overlaps,
-)
-from statezoo.datamodules.dna.rows import Source, synthetic_rows
-from statezoo.datamodules.dna.sequence import reverse_complement
+from statezoo.datamodules.dna.rows import DNARows, synthetic_rows, synthetic_tags
+from statezoo.datamodules.dna.sequence import check_letters, composition, reverse_complement
 from statezoo.datamodules.dna.tokenizers import DNATokenizer, dna_tokenizer
-from statezoo.datamodules.loader import SeekableLoader
-from statezoo.datamodules.tokenizers import tokenizer_from_state
+from statezoo.datamodules.examples import Examples, Unusable
+from statezoo.datamodules.labelled import LabelledData, LabelledRows
+from statezoo.datamodules.labelled_rows import Row
+from statezoo.datamodules.labels import Coded, Kind, Labels, RawLabel, cut
 
 __all__ = ["LabelledDNA", "Sequences"]
 
-log = logging.getLogger(__name__)
 
-
-class Sequences:
-    """Batches of some labelled sequences, in the form that ``SeekableLoader`` asks for.
-
-    A batch has ``tokens [B T]`` and ``labels [B]``, ``attention_mask [B T]`` where lengths differ
-    (the padding is on the right), and ``ids`` where names are wanted.
+class Sequences(LabelledRows):
+    """Batches of labelled sequences.
 
     Args:
         sequences: Letters.
-        labels: ``[n]`` number of each class; ``IGNORE`` where it is not known.
+        labels: Their labels.
         tokenizer: Makes tokens of letters.
         augment: Read every other sequence, drawn anew each epoch, on its opposite strand.
         names: Name of each sequence, to be handed on.
     """
 
-    size = 2**31 - 1
-    """The loader draws a number below this each epoch: here it seeds the strands."""
-
     def __init__(
         self,
-        sequences: list[bytes],
-        labels: NDArray[np.int64],
+        sequences: Sequence[bytes],
+        labels: Labels,
         tokenizer: DNATokenizer,
         *,
         augment: bool = False,
         names: list[str] | None = None,
     ) -> None:
-        # One array, not a list: worker processes would copy a list's pages by counting references.
-        self.letters = np.frombuffer(b"".join(sequences), dtype=np.uint8)
-        self.bounds = np.cumsum([0, *map(len, sequences)])
-        self.labels, self.names = labels, names
+        parts = [np.frombuffer(letters, dtype=np.uint8) for letters in sequences]
+        super().__init__(parts, labels, pad_id=tokenizer.pad_id, blank=tokenizer.n_id, names=names)
         self.tokenizer, self.augment = tokenizer, augment
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """``[n]`` letters of each sequence."""
-        return np.diff(self.bounds)
-
-    def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
-        """The rows ``index[1]`` in the epoch that is named ``index[0]``; row -1 has no label."""
-        epoch, rows = index
-        encoded = [self._encode(row, epoch) for row in rows]
-        sizes = np.array([len(ids) for ids in encoded])
-        inside = np.arange(sizes.max()) < sizes[:, None]  # [B T]
-        tokens = np.full(inside.shape, self.tokenizer.pad_id, dtype=np.int64)
-        tokens[inside] = np.concatenate(encoded)
-        labels = [self.labels[row] if row >= 0 else IGNORE for row in rows]
-        batch = Batch(tokens=torch.from_numpy(tokens), labels=torch.tensor(labels))
-        if not inside.all():
-            batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
-        if self.names is not None:
-            batch["ids"] = [self.names[row] if row >= 0 else "" for row in rows]
-        return batch
-
-    def _encode(self, row: int, epoch: int) -> NDArray[Any]:
-        """Ids of one sequence."""
-        if row < 0:
-            return np.array([self.tokenizer.n_id])
-        letters = self.letters[self.bounds[row] : self.bounds[row + 1]]
+    def encode(
+        self, row: int, epoch: int, part: NDArray[Any], tags: NDArray[np.int16]
+    ) -> tuple[NDArray[Any], NDArray[np.int16]]:
+        """Ids of a sequence, or of its other strand with the tags in the order of that."""
         if self.augment and np.random.default_rng([epoch, row]).random() < 0.5:
-            letters = reverse_complement(letters)
-        return self.tokenizer.encode_array(letters)[0]
+            part, tags = reverse_complement(part), tags[::-1]
+        return self.tokenizer.encode_array(part)[0], tags
 
 
-class LengthLoader(SeekableLoader):
-    """Puts sequences of like length into a batch: within every ``POOL`` batches they are sorted."""
-
-    POOL = 50
-
-    def _epoch_order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
-        shift, order = super()._epoch_order(epoch)
-        lengths = self.windows.lengths  # type: ignore[attr-defined]
-        if self.shuffle and len(np.unique(lengths)) > 1:
-            size = self.batch_size * self.world_size
-            pool = np.arange(len(order)) // (size * self.POOL)
-            order = order[np.lexsort((lengths[order], pool))]
-            whole = len(order) // size  # the last batch, which may be smaller, stays the last
-            batches = np.random.default_rng([self.seed, epoch, 1]).permutation(whole)
-            front = order[: whole * size].reshape(whole, size)[batches].reshape(-1)
-            order = np.concatenate([front, order[whole * size :]])
-        return shift, order
-
-
-class LabelledDNA(SplitData):
-    """DNA sequences with a class each: yours, or windows of the SYNTHETIC genome.
+class LabelledDNA(LabelledData):
+    """DNA sequences with labels: yours, or windows of the SYNTHETIC genome.
 
     Tables have the columns ``sequence`` and ``label``, and may have ``split`` (train, val or
     valid or dev, test) and ``id``. A folder has files called train, val and test, or sub-folders
@@ -128,23 +65,37 @@ class LabelledDNA(SplitData):
     reverse complements together; without a test split, the test is run on the validation split.
     Upper and lower case are alike; letters other than A C G T are read as N and counted.
 
+    Labels are of one ``kind``. ``class``: one of several. ``classes``: any of several; a cell as
+    ``a;b`` or ``a,b``, ``-`` for none, a list, or a column of 0 and 1 for each (``label_fields``).
+    ``number``: a measurement, or several (``label_fields``). ``tags``: one for each base; a column
+    ``tags`` as long as the sequence, a letter each, ``?`` where it is not known, or a list. Or
+    the names of features of a genome: ``path`` is a .bed or GFF file, ``genes.gff3:CDS,tRNA``;
+    bases in no feature are ``none``, of features that overlap the shortest counts, then the first.
+    Such a genome is cut into windows, the last of each contig held out; contigs without a feature
+    are left out. Whatever strand is read, the tags keep their bases and their names.
+
     Args:
-        path: Table (.csv, .tsv, .parquet), .fasta with ``labels`` or names ``>name|label``, .bed
-            with ``genome`` whose 4th column is the label, packed with gzip or not, a folder of
-            these, or a dataset on the Hub, ``org/name`` or ``org/name:config``. Default: windows
-            of a SYNTHETIC genome within genes and between them.
+        path: Table (.csv, .tsv, .jsonl, .parquet), .fasta with ``labels`` or names
+            ``>name|label``, .bed with ``genome`` whose 4th column is the label, packed with gzip
+            or not, a folder of these, or a dataset on the Hub, ``org/name`` or
+            ``org/name:config``. Default: windows of a SYNTHETIC genome within genes and between
+            them, or with the kinds of its features as tags.
         labels: Table with the columns ``id`` and ``label`` for the sequences of a FASTA file.
-        genome: FASTA file that a .bed file refers to.
+        genome: FASTA file that a .bed or GFF file refers to.
         predict: Sequences to predict, in any of these formats, without labels; default those of
             the test. With ``path`` left out, nothing else is read.
+        kind: What labels are: ``class``, ``classes``, ``number`` or ``tags``.
         window: Bases around the centre: intervals of a .bed file are resized to it, longer
-            sequences of other files cropped.
+            sequences of other files cropped. Sequences with tags are cut into pieces of it instead;
+            a genome by default into pieces of 1,024.
         tokenizer: ``characters``, ``kmer6`` or another ``kmer:K``, the folder of a tokenizer of
-            DNA, or the .ckpt of a run.
+            DNA, or the .ckpt of a run. Tags need ``characters``.
         sequence_field: Column with the sequence.
-        label_field: Column with the label.
+        label_field: Column with the label; default label, class or target; of tags, tags.
+        label_fields: Columns of several labels of 0 and 1, or of several numbers, instead.
         val_fraction: Part of the training rows to validate on where no split says it.
-        val_contigs: Contigs of a .bed file to validate on instead.
+        test_fraction: Part of the training rows to test on where no split says it.
+        val_contigs: Contigs of a .bed or GFF file to validate on instead.
         batch_size: Sequences per batch and process.
         seed: Draws the held-out rows and the order of training.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
@@ -158,7 +109,9 @@ class LabelledDNA(SplitData):
     """
 
     unit = "base"
-    loader = LengthLoader
+    default = "the SYNTHETIC genome"
+    what = "sequence"
+    nearly = "counting reverse complements"
 
     def __init__(
         self,
@@ -167,11 +120,14 @@ class LabelledDNA(SplitData):
         genome: str | None = None,
         predict: str | None = None,
         *,
+        kind: Kind = "class",
         window: int | None = None,
         tokenizer: str = "characters",
         sequence_field: str = "sequence",
-        label_field: str = "label",
+        label_field: str | None = None,
+        label_fields: list[str] | None = None,
         val_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         val_contigs: list[str] | None = None,
         batch_size: int = 32,
         seed: int = 0,
@@ -179,78 +135,99 @@ class LabelledDNA(SplitData):
     ) -> None:
         super().__init__()
         self.path, self.labels, self.genome, self.predict = path, labels, genome, predict
-        self.window, self.sequence_field, self.label_field = window, sequence_field, label_field
-        self.val_fraction, self.val_contigs = val_fraction, val_contigs or []
+        self.kind, self.window, self.sequence_field = kind, window, sequence_field
+        self.label_field, self.label_fields = label_field, label_fields or []
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.val_contigs = val_contigs or []
         self.batch_size, self.seed, self.num_workers = batch_size, seed, num_workers
         self.tokenizer: DNATokenizer = dna_tokenizer(tokenizer)
         self.rc_augment = False
-        self._known: list[str] = []  # classes of a checkpoint
-        for name, least in (("batch_size", 1), ("num_workers", 0), ("seed", 0), ("window", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"LabelledDNA needs {name} of at least {least}, got {value}.")
-        if not 0 < val_fraction < 1:
-            raise ValueError(f"LabelledDNA needs val_fraction between 0 and 1, got {val_fraction}.")
-        if path is None and (labels or genome) and predict is None:
-            given = "labels" if labels else "genome"
-            raise ValueError(f"{given} needs path: the sequences or intervals it belongs to.")
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.tokenizer.vocab_size
+        self._cropped = 0
+        self.check(("window", 1))
+        if path is None and predict is None:
+            if labels or genome:
+                given = "labels" if labels else "genome"
+                raise ValueError(f"{given} needs path: the sequences or intervals it belongs to.")
+            if kind not in ("class", "tags"):
+                raise ValueError(f"The SYNTHETIC genome has classes and tags, no {kind}: set path.")
+        if kind == "tags" and self.tokenizer.bases_per_token > 1:
+            raise ValueError(
+                f"Tags need a token for each base, tokenizer {tokenizer} has up to "
+                f"{self.tokenizer.bases_per_token} in one: set tokenizer: characters."
+            )
 
     @property
     def complement(self) -> list[int] | None:
         """Id of the reverse complement of each token; None where the tokenizer has none."""
         return self.tokenizer.complement
 
-    @property
-    def class_names(self) -> list[str]:
-        """Classes in the order of their numbers."""
-        return self._known if self._only_predicts else self._data[2]
+    def source(self, path: str, *, labelled: bool) -> DNARows:
+        """What reads ``path``."""
+        return DNARows(
+            path,
+            self.row_kind,
+            self.sequence_field,
+            self.label_field,
+            self.label_fields,
+            labelled,
+            self.labels,
+            self.genome,
+            self.window,
+            None if self.val_contigs else (self.val_fraction, self.test_fraction),
+        )
 
-    @property
-    def class_counts(self) -> list[int]:
-        """Training rows of each class."""
-        counts = Counter(self.rows("train")[1].tolist())
-        return [counts[number] for number in range(len(self.class_names))]
+    def default_rows(self) -> Iterable[Row]:
+        """Windows of the SYNTHETIC genome."""
+        rows = synthetic_tags if self.kind == "tags" else synthetic_rows
+        return rows(*([self.window] if self.window else []))
 
-    def rows(self, split: str) -> tuple[list[bytes], NDArray[np.int64]]:
-        """Letters and ``[n]`` numbers of the classes of a split."""
-        examples, splits, names = self._data
-        at = np.flatnonzero(splits == split).tolist()
-        numbers = {name: number for number, name in enumerate(names)}
-        labels = np.array([numbers[examples.labels[i]] for i in at], dtype=np.int64)
-        return [examples.sequences[i] for i in at], labels
+    def fit(self, row: Row) -> Iterator[Row]:
+        """Check the letters; crop what is too long, or cut it into pieces where it has tags."""
+        sequence = b"".join((row.content or b"").split())
+        try:
+            check_letters(sequence, "the sequence")
+        except ValueError as error:
+            raise Unusable(re.sub(r" at base \d+", "", str(error)).rstrip(".")) from None
+        size, window = len(sequence), self.window
+        if self.row_kind == "tags":
+            tags = _letters(row.label)
+            known = len(tags.codes if isinstance(tags, Coded) else tags or ())
+            if tags is not None and known != size:
+                raise Unusable("the sequence has not as many letters as it has tags")
+            for at in range(0, size, window or size):
+                end = min(at + (window or size), size)
+                name = row.name if size <= (window or size) else f"{row.name}:{at}-{end}"
+                yield row._replace(name=name, content=sequence[at:end], label=cut(tags, at, end))
+            return
+        if window is not None and size > window:
+            start = (size - window) // 2
+            sequence = sequence[start : start + window]
+            self._cropped += 1
+        yield row._replace(content=sequence)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read everything that this stage needs; say what was skipped and why."""
-        if not self._only_predicts:
-            self._data  # noqa: B018  # reads now rather than in the first batch
+    def places(self, content: bytes) -> int:
+        """Letters of a sequence."""
+        return len(content)
 
-    def windows(self, split: str) -> Sequences | None:
-        """The sequences of a split, those to train on from either strand if so asked."""
-        if split not in self._data[1]:
-            return None
-        augment = self.rc_augment and split == "train"
-        return Sequences(*self.rows(split), self.tokenizer, augment=augment)
+    def keys(self, contents: Sequence[bytes]) -> tuple[list[object], list[bytes]]:
+        """Alike for equal sequences; for these and reverse complements, whatever their case."""
+        return [hash(sequence.upper()) for sequence in contents], [_key(s) for s in contents]
 
-    def predict_dataloader(self) -> SeekableLoader:
-        """The sequences of ``predict``, or those of the test, with their names."""
-        if self.predict is not None:
-            rows = self._source(self.predict, labelled=False).rows()
-            found = collect(rows, self.predict, window=self.window, labelled=False)
-            self._tell(self.predict, found)
-            unknown = np.full(len(found), IGNORE, dtype=np.int64)
-            return self.load(Sequences(found.sequences, unknown, self.tokenizer, names=found.names))
-        examples, splits, _ = self._data
-        names = [examples.names[i] for i in np.flatnonzero(splits == self.test_split).tolist()]
-        return self.load(Sequences(*self.rows(self.test_split), self.tokenizer, names=names))
+    def batches(
+        self, contents: list[bytes], labels: Labels, *, train: bool, names: list[str] | None
+    ) -> Sequences:
+        """Batches of some sequences, those to train on from either strand if so asked."""
+        augment = self.rc_augment and train
+        return Sequences(contents, labels, self.tokenizer, augment=augment, names=names)
 
-    @property
-    def test_split(self) -> str:
-        """``test``, or ``val`` where there is no test."""
-        return "test" if "test" in self._data[1] else "val"
+    def notes(self, examples: Examples) -> list[str]:
+        """How many sequences were cropped."""
+        cropped, self._cropped = self._cropped, 0
+        return [f"{cropped} sequences cut to the middle {self.window} bases"] if cropped else []
+
+    def about(self, examples: Examples) -> str:
+        """Numbers of bases, N and other letters, in words."""
+        return str(composition(b"".join(examples.contents)))
 
     def classical_baselines(self, split: str = "val", limit: int = 20_000) -> dict[str, Any]:
         """Accuracy, MCC and AUC of methods that any network must beat, on a split.
@@ -263,78 +240,30 @@ class LabelledDNA(SplitData):
             ``{method: Scores}``: majority, length, one-hot (where all lengths are equal), k-mers.
 
         Raises:
-            ValueError: If scikit-learn is not installed, or the split is empty.
+            ValueError: If scikit-learn is not installed, the split is empty, or labels are no
+                classes.
         """
         from statezoo.datamodules.dna.classical import classical_baselines
+
+        if self.kind != "class":
+            raise ValueError(
+                f"The classical baselines are of kind class, this data is {self.kind}."
+            )
 
         split = self.test_split if split == "test" else split
         return classical_baselines(self.rows("train"), self.rows(split), limit=limit)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Classes and tokenizer, so that a checkpoint alone can name what it predicts."""
-        return {"class_names": self.class_names, "tokenizer": self.tokenizer.state_dict()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint was made with the same tokenizer and classes.
+def _key(sequence: bytes) -> bytes:
+    upper = sequence.upper()
+    return hashlib.blake2b(min(upper, reverse_complement(upper)), digest_size=12).digest()
 
-        Raises:
-            ValueError: If it was not.
-        """
-        check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
-        names = list(state_dict["class_names"])
-        if not self._only_predicts and names != self.class_names:
-            raise ValueError(
-                f"The checkpoint has the classes {', '.join(names)}, this data "
-                f"{', '.join(self.class_names)}: give data with the same labels, or start a new "
-                "run from the weights with pretrained."
-            )
-        self._known = names
 
-    @property
-    def _only_predicts(self) -> bool:
-        return self.path is None and self.predict is not None
-
-    @cached_property
-    def _data(self) -> tuple[Examples, NDArray[np.str_], list[str]]:
-        """All labelled sequences, the split of each, and the classes."""
-        place = self.path or "the SYNTHETIC genome"
-        if self.path is None:
-            rows = synthetic_rows(*([self.window] if self.window else []))
-        else:
-            rows = self._source(self.path, labelled=True).rows()
-        found = collect(rows, place, window=self.window)
-        names = class_names(found.labels, place, self.label_field)
-        splits, told = assign_splits(
-            found, val_fraction=self.val_fraction, val_contigs=self.val_contigs, seed=self.seed
-        )
-        trained = {found.labels[i] for i in np.flatnonzero(splits == "train").tolist()}
-        told += [f"no training row has the class {n!r}" for n in names if n not in trained]
-        told += [
-            f"{equal} rows of {one} are in {other} as well, {either} counting reverse complements: "
-            f"the score on {one} is too good"
-            for (one, other), (equal, either) in overlaps(found, splits).items()
-        ]
-        self._tell(place, found, told)
-        sizes = ", ".join(f"{int((splits == split).sum()):,} {split}" for split in SPLITS)
-        if self.tells():
-            log.info(f"{place}: {sizes}; classes {', '.join(names)}; {found.letters}")
-        return found, splits, names
-
-    def _source(self, path: str, *, labelled: bool) -> Source:
-        return Source(
-            path,
-            self.labels,
-            self.genome,
-            self.window,
-            self.sequence_field,
-            self.label_field,
-            labelled,
-        )
-
-    def _tell(self, place: str, found: Examples, told: Sequence[str] = ()) -> None:
-        """Say what was left out or cut, and what else there is to say."""
-        lines = [f"skipped {line}" for line in found.skipped[:20]]
-        if found.cropped:
-            lines.append(f"{found.cropped} sequences cut to the middle {self.window} bases")
-        for line in (*lines, *told) if self.tells() else ():
-            log.warning(f"{place}: {line}")
+def _letters(label: RawLabel) -> RawLabel:
+    """Tags of a sequence as a text of letters or a list, which a cell may hold as JSON."""
+    if not (isinstance(label, str) and label.startswith("[")):
+        return label
+    try:
+        return [None if tag is None else str(tag) for tag in json.loads(label)]
+    except json.JSONDecodeError:
+        raise Unusable("the tags begin like a list but are none") from None

@@ -1,128 +1,25 @@
-"""Tables, FASTA and lists of lines as records, whether packed or not."""
+"""Files of labelled DNA: how each is read, and records of FASTA."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 from statezoo.datamodules.dna.fasta import is_fasta
-from statezoo.datamodules.readers import SHARD, SPLIT_NAMES
+from statezoo.datamodules.tables import lines, table_kind
 
-__all__ = [
-    "BED",
-    "PLAIN",
-    "TABLES",
-    "fasta_records",
-    "file_kind",
-    "label_text",
-    "lines",
-    "records",
-    "split_name",
-    "stem",
-]
+__all__ = ["BED", "PLAIN", "fasta_records", "file_kind"]
 
-TABLES = (".csv", ".tsv", ".parquet")
 PLAIN = (".txt",)
 BED = (".bed",)
-
-_MAX_FIELD = 2**31 - 1
-
-
-def label_text(value: Any) -> str | None:
-    """A label as text: ``1``, ``1.0`` and ``True`` are all ``"1"``; None where it is missing."""
-    if isinstance(value, str):
-        return value.strip() or None
-    if value is None or value != value:  # NaN
-        return None
-    return str(int(value)) if float(value) == int(value) else str(value)
-
-
-def split_name(text: str, place: str) -> str:
-    """One of train, val and test from the names in use.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    name = text.strip().lower()
-    if name not in SPLIT_NAMES:
-        raise ValueError(
-            f"{place} has the split {text!r}: use one of {', '.join(SPLIT_NAMES)}, or rename the "
-            "column split."
-        )
-    return SPLIT_NAMES[name]
 
 
 def file_kind(path: Path) -> str:
     """``fasta``, an ending of ``TABLES``, ``BED`` or ``PLAIN``, or ``""``: how a file is read."""
-    name = path.name.lower().removesuffix(".gz")
     if is_fasta(path):
         return "fasta"
-    return next((ending for ending in TABLES + BED + PLAIN if name.endswith(ending)), "")
-
-
-def stem(path: Path) -> str:
-    """Name without endings and numbers of shards."""
-    return SHARD.sub("", path.name if path.is_dir() else path.name.split(".")[0])
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    """A text file, packed or not; a broken one is a ValueError."""
-    open_: Any = gzip.open if path.name.lower().endswith(".gz") else open
-    try:
-        with open_(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path} is a damaged or truncated gzip file ({error}): copy or pack it again."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8 ({error.reason}): convert it.") from error
-
-
-def lines(path: Path) -> Iterator[str]:
-    """Lines of a text file with their ends."""
-    with _opened(path) as file:
-        yield from file
-
-
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a table by the names in its first line."""
-    if path.name.lower().endswith(".parquet"):
-        yield from _parquet(path)
-        return
-    csv.field_size_limit(_MAX_FIELD)  # a sequence may be long
-    with _opened(path) as file:
-        head = file.readline()
-        if not head.strip():
-            raise ValueError(f"{path} is empty: it has no line with the names of its columns.")
-        comma = max(",\t;", key=head.count)
-        names = next(csv.reader([head], delimiter=comma))
-        names = [name.strip() for name in names]
-        for fields in csv.reader(file, delimiter=comma):
-            if fields:
-                yield dict(zip(names, fields, strict=False))
-
-
-def _parquet(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ValueError(
-            f'{path} needs the package pyarrow: pip install "statezoo[dna]".'
-        ) from error
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole parquet file ({error}): copy it again.") from error
+    name = path.name.lower().removesuffix(".gz")
+    return table_kind(path) or next((x for x in BED + PLAIN if name.endswith(x)), "")
 
 
 def fasta_records(path: Path) -> Iterator[tuple[str, bytes]]:

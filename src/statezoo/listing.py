@@ -70,13 +70,14 @@ def listing(pattern: str = "*") -> str:
     hybrid = ("Hybrid", "A stack of different mixers: the list of them repeats over the layers.")
     modules = dict([*classes("zoo", "Mixer"), hybrid])
     tasks = [x for base in ("Task", "TokenTask") for x in classes("lightning_modules", base)]
+    data = [x for base in ("SplitData", "LabelledData") for x in classes("datamodules", base)]
     covered = {preset.model for preset in presets}
     sections = {
         "architectures without a preset (--model)": {
             (name, what) for name, what in modules.items() if name not in covered
         },
         "tasks, of any mixers (--model)": {x for x in tasks if x[0] != "TokenTask"},
-        "data (--data)": set(classes("datamodules", "SplitData")),
+        "data (--data)": {x for x in data if x[0] != "LabelledData"},
         "other configs (--config)": set(others),
     }
     text = table([preset for preset in presets if preset.matches(pattern)])

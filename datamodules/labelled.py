@@ -1,0 +1,414 @@
+"""What data with labels share: batches of padded rows, splits, checkpoints that name classes."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from statezoo.datamodules.base import SplitData, check_tokenizer
+from statezoo.datamodules.batch import IGNORE, Batch
+from statezoo.datamodules.examples import SPLITS, Examples, assign_splits, collect, overlaps
+from statezoo.datamodules.labelled_rows import Row, Rows
+from statezoo.datamodules.labels import (
+    KINDS,
+    Given,
+    Kind,
+    Labels,
+    NumberStats,
+    RawLabel,
+    encode,
+    unknown,
+)
+from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.tokenizers import Tokenizer, tokenizer_from_state
+
+__all__ = ["LabelledData", "LabelledRows", "LengthLoader"]
+
+log = logging.getLogger(__name__)
+
+
+class LabelledRows:
+    """Batches of some labelled rows, in the form that ``SeekableLoader`` asks for.
+
+    A batch has ``tokens [B T]`` and ``labels``, ``attention_mask [B T]`` where lengths differ (the
+    padding is on the right), and ``ids`` where names are wanted; with names, those of tags have
+    ``tagged [B T]`` too, whether a tag is due.
+
+    Args:
+        parts: ``[T]`` array of each row: ids, or what ``encode`` makes ids of.
+        labels: Their labels; tags have one for each of the ``T`` places.
+        pad_id: Fills short rows.
+        blank: Ids of a row that is not there.
+        names: Name of each row, to be handed on.
+    """
+
+    size = 2**31 - 1
+    """The loader draws a number below this each epoch, which ``encode`` may use."""
+
+    def __init__(
+        self,
+        parts: Sequence[NDArray[Any]],
+        labels: Labels,
+        *,
+        pad_id: int,
+        blank: int,
+        names: list[str] | None = None,
+    ) -> None:
+        # One array, not a list: worker processes would copy a list's pages by counting references.
+        self.joined = np.concatenate(parts) if len(parts) else np.zeros(0, dtype=np.uint8)
+        self.bounds = np.cumsum([0, *map(len, parts)])
+        self.labels, self.names = labels, names
+        self.pad_id, self.blank = pad_id, blank
+        if labels.kind == "tags":
+            self._tags = np.concatenate(labels.values or [np.zeros(0, dtype=np.int16)])
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """``[n]`` places of each row."""
+        return np.diff(self.bounds)
+
+    def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
+        """The rows ``index[1]`` in the epoch that is named ``index[0]``; row -1 has no label."""
+        epoch, rows = index
+        encoded = [self._row(row, epoch) for row in rows]
+        sizes = np.array([len(ids) for ids, _ in encoded])
+        inside = np.arange(sizes.max()) < sizes[:, None]  # [B T]
+        tokens = np.full(inside.shape, self.pad_id, dtype=np.int64)
+        tokens[inside] = np.concatenate([ids for ids, _ in encoded])
+        batch = Batch(tokens=torch.from_numpy(tokens))
+        if not inside.all():
+            batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
+        if self.names is not None:
+            batch["ids"] = [self.names[row] if row >= 0 else "" for row in rows]
+        if self.labels.kind != "tags":
+            batch["labels"] = self.labels.batch(rows)
+            return batch
+        tags = np.full(inside.shape, IGNORE, dtype=np.int64)
+        tags[inside] = np.concatenate([tags for _, tags in encoded])
+        if self.names is not None:
+            batch["tagged"] = torch.from_numpy(tags != IGNORE)
+        batch["labels"] = torch.from_numpy(np.where(tags >= 0, tags, IGNORE))
+        return batch
+
+    def _row(self, row: int, epoch: int) -> tuple[NDArray[Any], NDArray[np.int16]]:
+        if row < 0:
+            return np.array([self.blank]), np.array([IGNORE], dtype=np.int16)
+        at = slice(self.bounds[row], self.bounds[row + 1])
+        tags = self._tags[at] if self.labels.kind == "tags" else np.zeros(0, dtype=np.int16)
+        return self.encode(row, epoch, self.joined[at], tags)
+
+    def encode(
+        self, row: int, epoch: int, part: NDArray[Any], tags: NDArray[np.int16]
+    ) -> tuple[NDArray[Any], NDArray[np.int16]]:
+        """Ids of a row and, if there are tags, that of each."""
+        return part, tags
+
+
+class LengthLoader(SeekableLoader):
+    """Puts rows of like length into a batch: within every ``POOL`` batches they are sorted."""
+
+    POOL = 50
+
+    def _epoch_order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
+        shift, order = super()._epoch_order(epoch)
+        lengths = self.windows.lengths  # type: ignore[attr-defined]
+        if self.shuffle and len(np.unique(lengths)) > 1:
+            size = self.batch_size * self.world_size
+            pool = np.arange(len(order)) // (size * self.POOL)
+            order = order[np.lexsort((lengths[order], pool))]
+            whole = len(order) // size  # the last batch, which may be smaller, stays the last
+            batches = np.random.default_rng([self.seed, epoch, 1]).permutation(whole)
+            front = order[: whole * size].reshape(whole, size)[batches].reshape(-1)
+            order = np.concatenate([front, order[whole * size :]])
+        return shift, order
+
+
+class _Read(NamedTuple):
+    """All labelled rows, the split of each ``[n]``, and their labels."""
+
+    examples: Examples
+    splits: NDArray[np.str_]
+    labels: Labels
+
+
+class LabelledData(SplitData):
+    """Base of the data modules whose rows have labels.
+
+    Not for use by itself: subclasses take the settings below and say how rows are read.
+
+    Attributes:
+        path: What to read; None for the default.
+        predict: What to predict instead of the test split.
+        kind: Kind of the labels.
+        label_field: Column with the label; None looks for the usual names.
+        label_fields: Columns of several labels or numbers, instead of one.
+        val_fraction: Part of the training rows to validate on where no split says it.
+        test_fraction: Part of the training rows to test on where no split says it.
+        val_contigs: Contigs to validate on instead.
+    """
+
+    loader = LengthLoader
+    path: str | None
+    predict: str | None
+    kind: Kind
+    label_field: str | None
+    label_fields: list[str]
+    val_fraction: float
+    test_fraction: float
+    val_contigs: Sequence[str] = ()
+    tokenizer: Tokenizer
+
+    default: str
+    """What is read where ``path`` is None, in words."""
+    what: str
+    """What a row holds, in a word."""
+    nearly: str
+    """When rows are nearly equal, in words."""
+    unit: str
+
+    def check(self, *least: tuple[str, int]) -> None:
+        """Check the settings that all have, and that others are at least so large.
+
+        Raises:
+            ValueError: If one is out of range.
+        """
+        name = type(self).__name__
+        for setting, low in (("batch_size", 1), ("num_workers", 0), ("seed", 0), *least):
+            if (value := getattr(self, setting)) is not None and value < low:
+                raise ValueError(f"{name} needs {setting} of at least {low}, got {value}.")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"{name} needs val_fraction between 0 and 1, got {self.val_fraction}.")
+        if not 0 <= self.test_fraction < 1 - self.val_fraction:
+            raise ValueError(
+                f"{name} needs test_fraction of at least 0 and rows left to train on, got "
+                f"val_fraction={self.val_fraction}, test_fraction={self.test_fraction}."
+            )
+        if self.kind not in KINDS:
+            raise ValueError(f"{name} needs kind of {', '.join(KINDS)}, got {self.kind!r}.")
+        if self.label_fields and self.kind not in ("classes", "number"):
+            raise ValueError(
+                f"{name} reads one column for kind {self.kind}: set label_field instead of "
+                f"label_fields={self.label_fields}, or kind: classes or number."
+            )
+        if self.label_fields and self.label_field:
+            raise ValueError(
+                f"{name} takes label_field or label_fields, not both: got {self.label_field!r} "
+                f"and {self.label_fields}."
+            )
+
+    # ------------------------------------------------------ what subclasses say
+
+    @abstractmethod
+    def source(self, path: str, *, labelled: bool) -> Rows:
+        """What reads ``path``."""
+
+    @abstractmethod
+    def default_rows(self) -> Iterable[Row]:
+        """Rows that are read where ``path`` is None."""
+
+    @abstractmethod
+    def fit(self, row: Row) -> Iterator[Row]:
+        """Make a row fit for use, or several of one; raises ``Unusable``."""
+
+    @abstractmethod
+    def keys(self, contents: Sequence[bytes]) -> tuple[list[object], list[bytes]]:
+        """For each row what is alike for equal rows, and for nearly equal ones."""
+
+    @abstractmethod
+    def batches(
+        self, contents: list[bytes], labels: Labels, *, train: bool, names: list[str] | None
+    ) -> LabelledRows:
+        """Batches of some rows."""
+
+    def notes(self, examples: Examples) -> list[str]:
+        """What there is to say about rows after ``fit`` has seen them."""
+        return []
+
+    def about(self, examples: Examples) -> str:
+        """What the rows hold, in words."""
+        return f"{sum(map(len, examples.contents)):,} {self.unit}s"
+
+    # ------------------------------------------------------------- what all have
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def label_kind(self) -> Kind | None:
+        """Kind of the labels; None where nothing but ``predict`` is read and no checkpoint says."""
+        return self._saved_kind if self.only_predicts else self.kind
+
+    @property
+    def row_kind(self) -> Kind:
+        """Kind of the labels of the rows that are read now."""
+        return self.label_kind or self.kind
+
+    @property
+    def class_names(self) -> list[str]:
+        """Classes, tags or outputs in the order of their numbers."""
+        return self._known if self.only_predicts else self._data.labels.names
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training rows of each class, with each label, or with each number known; of tags places."""
+        return self.labels_of("train").counts()
+
+    @property
+    def number_stats(self) -> NumberStats:
+        """Mean and standard deviation of each output in the training split, for kind number.
+
+        Raises:
+            ValueError: If the labels are of another kind.
+        """
+        if self.kind != "number":
+            raise ValueError(f"number_stats needs kind: number, this data has {self.kind}.")
+        return self.labels_of("train").stats()
+
+    @property
+    def only_predicts(self) -> bool:
+        """Whether nothing but ``predict`` is read."""
+        return self.path is None and self.predict is not None
+
+    @property
+    def test_split(self) -> str:
+        """``test``, or ``val`` where there is no test."""
+        return "test" if "test" in self._data.splits else "val"
+
+    def rows(self, split: str) -> tuple[list[bytes], Any]:
+        """Contents and labels of a split.
+
+        Labels are ``[n]`` numbers of classes, ``[n C]`` of 0 and 1, ``[n R]`` numbers, or of tags
+        a list of arrays, negative where unknown or not due.
+        """
+        contents = [self._data.examples.contents[i] for i in self._at(split)]
+        return contents, self.labels_of(split).values
+
+    def labels_of(self, split: str) -> Labels:
+        """Labels of a split."""
+        return self._data.labels.take(self._at(split))
+
+    def _at(self, split: str) -> list[int]:
+        found: list[int] = np.flatnonzero(self._data.splits == split).tolist()
+        return found
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read everything that this stage needs; say what was skipped and why."""
+        if not self.only_predicts:
+            self._data  # noqa: B018  # reads now rather than in the first batch
+
+    def windows(self, split: str, names: list[str] | None = None) -> LabelledRows | None:
+        """The rows of a split."""
+        if split not in self._data.splits:
+            return None
+        contents, labels = self.rows(split)[0], self.labels_of(split)
+        return self.batches(contents, labels, train=split == "train", names=names)
+
+    def predict_dataloader(self) -> SeekableLoader:
+        """The rows of ``predict``, or those of the test, with their names."""
+        if self.predict is None:
+            examples = self._data.examples
+            names = [examples.names[i] for i in self._at(self.test_split)]
+            return self.load(self.windows(self.test_split, names))
+        rows = self.source(self.predict, labelled=False).rows()
+        found = collect(rows, self.predict, self.fit, what=self.what, labelled=False)
+        self.tell(self.predict, found)
+        sizes = [self.places(content) for content in found.contents]
+        labels = unknown(self.row_kind, self.class_names, sizes)
+        return self.load(self.batches(found.contents, labels, train=False, names=found.names))
+
+    @abstractmethod
+    def places(self, content: bytes) -> int:
+        """How many tags a row should have."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Classes and tokenizer, so that a checkpoint alone can name what it predicts."""
+        return {
+            "class_names": self.class_names,
+            "label_kind": self.label_kind,
+            "tokenizer": self.tokenizer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint was made with the same tokenizer and classes.
+
+        Raises:
+            ValueError: If it was not.
+        """
+        check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
+        names, kind = list(state_dict["class_names"]), state_dict.get("label_kind", "class")
+        if not self.only_predicts and kind != self.kind:
+            raise ValueError(
+                f"The checkpoint predicts labels of kind {kind}, this data has {self.kind}: set "
+                f"kind: {kind}, or start a new run from the weights with pretrained."
+            )
+        if not self.only_predicts and names != self.class_names:
+            raise ValueError(
+                f"The checkpoint has the classes {', '.join(names)}, this data "
+                f"{', '.join(self.class_names)}: give data with the same labels, or start a new "
+                "run from the weights with pretrained."
+            )
+        self._known, self._saved_kind = names, kind
+
+    _known: list[str] = []  # noqa: RUF012  # of a checkpoint; never changed in place
+    _saved_kind: Kind | None = None
+
+    @cached_property
+    def _data(self) -> _Read:
+        place = self.path or self.default
+        path = self.path
+        rows = self.default_rows() if path is None else self.source(path, labelled=True).rows()
+        found = collect(rows, place, self.fit, what=self.what)
+        field = self.label_field or ("tags" if self.kind == "tags" else "label")
+        labels = encode(
+            self.kind, Given(found.labels, found.places, place, field, self.label_fields)
+        )
+        exact, like = self.keys(found.contents)
+        splits, told = assign_splits(
+            found,
+            like,
+            labels.strata(),
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            val_contigs=self.val_contigs,
+            seed=self.seed,
+            whole_strata=self.kind == "class",
+        )
+        trained = labels.take(np.flatnonzero(splits == "train").tolist()).counts()
+        missing = [name for name, n in zip(labels.names, trained, strict=True) if not n]
+        told += [f"no training row has the {_said(self.kind)} {name!r}" for name in missing]
+        told += [
+            f"{equal} rows of {one} are in {other} as well, {near} {self.nearly}: "
+            f"the score on {one} is too good"
+            for (one, other), (equal, near) in overlaps(splits, exact, like).items()
+        ]
+        self.tell(place, found, told)
+        sizes = ", ".join(f"{int((splits == split).sum()):,} {split}" for split in SPLITS)
+        if self.tells():
+            listed = f"{_said(self.kind, many=True)} {', '.join(labels.names)}"
+            log.info(f"{place}: {sizes}; {listed}; {self.about(found)}")
+        found.labels = list[RawLabel]()  # they may be large
+        return _Read(found, splits, labels)
+
+    def tell(self, place: str, found: Examples, told: Sequence[str] = ()) -> None:
+        """Say what was left out or cut, and what else there is to say."""
+        lines = [f"skipped {line}" for line in found.skipped[:20]]
+        for line in (*lines, *self.notes(found), *told) if self.tells() else ():
+            log.warning(f"{place}: {line}")
+
+
+def _said(kind: Kind, *, many: bool = False) -> str:
+    """What a label of a kind is called."""
+    one = {"class": "class", "classes": "label", "number": "number", "tags": "tag"}[kind]
+    return one if not many else "classes" if kind == "class" else f"{one}s"
