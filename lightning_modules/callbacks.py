@@ -96,12 +96,12 @@ class Checkpoints(Checkpoint):
     Args:
         every_n_steps: Optimiser steps between two writings of ``last.ckpt``; it is written at the
             end of each epoch and of the run too.
-        monitor: Logged value that is to be small.
+        monitor: Logged value that is to be small; default is the loss in validation.
         folder: Where to write; default is the run's folder.
     """
 
     def __init__(
-        self, every_n_steps: int = 100, monitor: str = "val/nll", folder: str | None = None
+        self, every_n_steps: int = 100, monitor: str | None = None, folder: str | None = None
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoints.every_n_steps must be at least 1, got {every_n_steps}.")
@@ -139,12 +139,13 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write ``best.ckpt`` where the value is the smallest so far."""
-        score = trainer.callback_metrics.get(self.monitor)
+        name = self.monitor or f"val/{getattr(pl_module, 'measure', 'nll')}"
+        score = trainer.callback_metrics.get(name)
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if score is None:
             known = ", ".join(sorted(trainer.callback_metrics))
-            log.warning(f"no best.ckpt: nothing logs {self.monitor!r}; there are {known}")
+            log.warning(f"no best.ckpt: nothing logs {name!r}; there are {known}")
             return
         if float(score) < self.best_score and not _trying(trainer):
             self.best_score = float(score)
@@ -186,11 +187,14 @@ class LossCurve(Callback):
             logger.save()
         if source.is_file():
             scored = getattr(pl_module, "scored", "token")
-            draw_losses(source, source.with_name("loss.png"), scored)
+            measure = getattr(pl_module, "measure", "nll")
+            draw_losses(source, source.with_name("loss.png"), scored, measure)
 
 
-def draw_losses(source: Path, target: Path, scored: str = "token") -> None:
-    """Draw the columns ``train/nll`` and ``val/nll`` of a CSV file over ``step``."""
+def draw_losses(
+    source: Path, target: Path, scored: str = "token", measure: str = "nll"
+) -> None:
+    """Draw the loss in training and validation, columns of a CSV file, over ``step``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -199,11 +203,11 @@ def draw_losses(source: Path, target: Path, scored: str = "token") -> None:
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, style in (("train/nll", "-"), ("val/nll", "o-")):
+    for name, style in ((f"train/{measure}", "-"), (f"val/{measure}", "o-")):
         points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row.get(name)]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1)
-    axes.set(xlabel="optimiser step", ylabel=f"nats per {scored}")
+    axes.set(xlabel="optimiser step", ylabel=f"{measure.replace('nll', 'nats')} per {scored}")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
@@ -243,7 +247,8 @@ class ExportHub(Callback):
         if best and Path(best).is_file():
             net = load_network(best)
             score = getattr(trainer.checkpoint_callback, "best_score", None)
-            metrics = {k: v for k, v in metrics.items() if score == metrics.get("val/nll")}
+            loss = metrics.get(f"val/{pl_module.measure}")
+            metrics = {k: v for k, v in metrics.items() if score == loss}
         else:
             net = plain_network(pl_module.net, pl_module.tune, pl_module.adapter)
         export(net, target, pl_module.tokenizer_files, extra=metrics or None)

@@ -63,6 +63,8 @@ class Task(LightningModule):
 
     scored: ClassVar[str] = "token"
     """What the loss is a mean over."""
+    measure: ClassVar[str] = "nll"
+    """Name of the loss in what is logged, ``train/nll``; the smallest ``val/nll`` is the best."""
     objective: ClassVar[str | None] = None
     """What the data must be made for; None for anything."""
 
@@ -168,7 +170,7 @@ class Task(LightningModule):
 
     def _log_step(self, nll: float, lr: float, beside: list[float]) -> None:
         """Log what the optimiser step was made of."""
-        self.log("train/nll", nll, prog_bar=True, rank_zero_only=True)
+        self.log(f"train/{self.measure}", nll, prog_bar=True, rank_zero_only=True)
         self.log("train/lr", lr, rank_zero_only=True)
         every = max(1, getattr(self.trainer, "log_every_n_steps", 50))
         if (self.trainer.global_step + 1) % every == 0:
