@@ -191,9 +191,7 @@ class LossCurve(Callback):
             draw_losses(source, source.with_name("loss.png"), scored, measure)
 
 
-def draw_losses(
-    source: Path, target: Path, scored: str = "token", measure: str = "nll"
-) -> None:
+def draw_losses(source: Path, target: Path, scored: str = "token", measure: str = "nll") -> None:
     """Draw the loss in training and validation, columns of a CSV file, over ``step``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
