@@ -25,6 +25,8 @@ PREFIX = "base_model.model."
 """What peft puts before the names of tensors."""
 CHANGES = ("bidirectional", "tie_directions", "complement", "id2label", "problem_type", "pooling")
 """Keys of the configuration that a run may set otherwise than its base."""
+NEEDED = ("kind", "base", "base_fingerprint", "network", "config")
+"""What ``adapter.json`` must say."""
 
 
 def save_adapter(
@@ -118,10 +120,7 @@ def apply_adapter(net: Any, folder: str | Path) -> Any:
         FileNotFoundError: If there is no adapter.
         ValueError: If it is not one for this network.
     """
-    folder = Path(folder)
-    if not (folder / INFO).is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is no adapter of ours: it has no {INFO}.")
-    info = json.loads((folder / INFO).read_text())
+    folder, info = Path(folder), read_info(folder)
     if info["network"] not in NETWORKS or fingerprint(net) != info["base_fingerprint"]:
         raise ValueError(
             f"{str(folder)!r} is an adapter for other weights than these: it was trained from "
@@ -136,13 +135,45 @@ def apply_adapter(net: Any, folder: str | Path) -> Any:
     own = dict(net.named_parameters())
     with torch.no_grad():
         if info["kind"] == "lora":
-            for name in projections(net):
+            updated = [name for name in projections(net) if f"{name}.lora_A.weight" in tensors]
+            for name in updated:
                 A, B = (tensors.pop(f"{name}.lora_{side}.weight").double() for side in "AB")
                 weight = own[f"{name}.weight"]
                 weight += (info["alpha"] / info["rank"] * (B @ A)).to(weight)
         for name, x in tensors.items():
             own[name].copy_(x)
     return net
+
+
+def base_of(folder: str | Path) -> str:
+    """Return the name of an adapter's base: a checkpoint, a folder or a name on the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If its ``adapter.json`` cannot be read.
+    """
+    return str(read_info(folder)["base"])
+
+
+def read_info(folder: str | Path) -> dict[str, Any]:
+    """Read what an adapter says of itself.
+
+    Raises:
+        FileNotFoundError: If there is no adapter.
+        ValueError: If its ``adapter.json`` cannot be read, or lacks something.
+    """
+    file = Path(folder) / INFO
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is no adapter of ours: it has no {INFO}.")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not JSON: {error}") from error
+    missing = [key for key in NEEDED if not isinstance(info, dict) or key not in info]
+    if missing:
+        raise ValueError(f"{str(file)!r} lacks {', '.join(missing)}.")
+    found: dict[str, Any] = info
+    return found
 
 
 def _for_its_task(net: Any, info: Mapping[str, Any]) -> Any:

@@ -8,20 +8,28 @@ from typing import Any
 
 import torch
 
-import statezoo.zoo  # noqa: F401  # registers the architecture with transformers
+import statezoo
+import statezoo.zoo  # registers the architecture with transformers
 from statezoo.arguments import find_checkpoint
 from statezoo.datamodules.tokenizers import load_tokenizer
+from statezoo.download import is_adapter, local
 from statezoo.lightning_modules import checkpoint as ckpt
+from statezoo.lightning_modules.adapter import base_of
 from statezoo.lightning_modules.network import load_network
 
 
 def load(source: str) -> tuple[Any, Any]:
     """Return network and tokenizer of a checkpoint, a run's folder, a Hub folder or a Hub name.
 
+    An adapter comes with its base, and the base's tokenizer.
+
     Raises:
         ValueError: If there is no such thing, or it has no tokenizer.
     """
+    source = local(source)
     path = Path(source)
+    if is_adapter(path):
+        return statezoo.load(path), load(base_of(path))[1]
     if path.is_file() or source.endswith(".ckpt") or (path.is_dir() and not _exported(path)):
         file = find_checkpoint(path)
         tokenizer = ckpt.read(file).get(ckpt.KEY, {}).get("tokenizer")

@@ -92,11 +92,15 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooPreTrainedModel":
 
     Args:
         path_or_id: A short name (``statezoo list --pretrained``), a folder with ``config.json`` and
-            ``model.safetensors``, or a Hub id ``"owner/name"``.
-        **kwargs: Further arguments of ``from_pretrained``, such as ``dtype`` or ``revision``.
+            ``model.safetensors``, a Hub id ``"owner/name"``, or an adapter in either place, whose
+            base is loaded with it.
+        **kwargs: For the Hub ``revision`` (branch, tag or commit), ``token``, ``cache_dir``,
+            ``local_files_only`` and ``force_download``; further arguments of ``from_pretrained``,
+            such as ``dtype``.
 
     Raises:
         FileNotFoundError: If there is no such folder, or no model in it.
+        HubError: If the Hub has no such model, or it cannot be had; an ``OSError``.
         ValueError: If it is not a model that can be loaded, a tensor is missing, left over or of
             the wrong shape, or the folder holds what no model's folder holds.
 
@@ -104,6 +108,7 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooPreTrainedModel":
         >>> net = load("gla-novels")
         >>> net = load("state-spaces/mamba-130m-hf")
     """
+    from statezoo.download import fetch, is_adapter
     from statezoo.zoo import convert
     from statezoo.zoo.loading import load_folder
 
@@ -114,15 +119,32 @@ def load(path_or_id: str | Path, **kwargs: Any) -> "StateZooPreTrainedModel":
         raise FileNotFoundError(
             f"{given} is not a folder, and no Hub id is written like this{shipped.near(given)}."
         )
-    where = ("revision", "cache_dir", "token", "local_files_only")
+    where = ("revision", "cache_dir", "token", "local_files_only", "force_download")
     hub = {key: kwargs.pop(key) for key in where if key in kwargs}
-    folder = place if place.is_dir() else convert.fetch(given, **hub)
+    folder = place if place.is_dir() else fetch(given, **hub)
+    if is_adapter(folder):
+        return _with_base(folder, given, kwargs)
     net: StateZooPreTrainedModel
     if safety.read_json(folder / safety.CONFIG).get("model_type") == "statezoo":
         net = load_folder(folder, **kwargs)
         net.name_or_path = given
     else:
         net, _ = convert.load(folder, **kwargs)
+    return net
+
+
+def _with_base(folder: Path, name: str, kwargs: dict[str, Any]) -> "StateZooPreTrainedModel":
+    """Return the base of an adapter with the adapter in it."""
+    from statezoo.download import is_adapter, local
+    from statezoo.lightning_modules.adapter import apply_adapter, base_of
+    from statezoo.lightning_modules.network import load_network
+
+    if kwargs:
+        raise ValueError(f"{name} is an adapter, which takes no {', '.join(kwargs)}.")
+    base = local(base_of(folder))
+    if is_adapter(base):
+        raise ValueError(f"{name} is an adapter of an adapter, {base_of(folder)}: it has no base.")
+    net: StateZooPreTrainedModel = apply_adapter(load_network(base), folder)
     return net
 
 
