@@ -262,7 +262,7 @@ class LabelledData(SplitData):
 
     @property
     def class_counts(self) -> list[int]:
-        """Training rows of each class, with each label, or with each number known; of tags places."""
+        """Training rows of each class, or with each label or number; of tags their places."""
         return self.labels_of("train").counts()
 
     @property

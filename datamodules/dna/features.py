@@ -25,7 +25,7 @@ Feature = tuple[int, int, str]
 
 
 def feature_file(path: str) -> Path | None:
-    """The file of features that ``path`` names, kinds after a colon left out; None if it is none."""
+    """The file of features that ``path`` names, without kinds after a colon; None if it is none."""
     gff = GFF.fullmatch(path)
     found = Path(gff[1] if gff else path).expanduser()
     name = found.name.lower().removesuffix(".gz")
@@ -116,9 +116,10 @@ def _read(source: str, genome: Genome) -> tuple[dict[str, list[Feature]], dict[s
     lacking = [kind for kind in kinds if kind not in seen]
     if lacking or not seen:
         listed = ", ".join(f"{k} ({n})" for k, n in sorted(seen.items(), key=lambda x: -x[1])[:8])
+        ending = f"write the kinds after the file's name, as in {path.name}:CDS,tRNA."
         raise ValueError(
             f"{path} has no feature{''.join(f' {kind!r}' for kind in lacking[:1])}; it has "
-            f"{listed or 'none'}: write the kinds after the file's name, as in {path.name}:CDS,tRNA."
+            f"{listed or 'none'}: {ending}"
             if gff
             else f"{path} has no feature: add lines of contig, start, end and name."
         )

@@ -246,9 +246,7 @@ class LabelledDNA(LabelledData):
         from statezoo.datamodules.dna.classical import classical_baselines
 
         if self.kind != "class":
-            raise ValueError(
-                f"The classical baselines are of kind class, this data is {self.kind}."
-            )
+            raise ValueError(f"The classical baselines need kind: class, this is {self.kind}.")
 
         split = self.test_split if split == "test" else split
         return classical_baselines(self.rows("train"), self.rows(split), limit=limit)
