@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from statezoo.datamodules.saved import TOKENS_FILE, fast_tokenizer, place_of, read_state
+from statezoo.shipped import near
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
@@ -32,7 +35,6 @@ __all__ = [
     "train_bpe",
 ]
 
-TOKENS_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 END_OF_TEXT = "<|endoftext|>"
 
@@ -304,15 +306,23 @@ def tokenizer_from_checkpoint(path: str | Path) -> Tokenizer:
     """The tokenizer that a data module left in a checkpoint; ValueError where none did."""
     import torch
 
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    for name in ("Text", "DNA", "LabelledDNA", "LabelledText", "Music"):
-        if state := checkpoint.get(name, {}).get("tokenizer"):
-            return tokenizer_from_state(state)
-    raise ValueError(f"{path} holds no tokenizer: it was not made with Text, DNA or Music.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        parts = [checkpoint.get(name, {}) for name in ("Text", "DNA", "LabelledDNA", "Music")]
+        state = next((part["tokenizer"] for part in parts if part.get("tokenizer")), None)
+        found = tokenizer_from_state(state) if state else None
+    except Exception as error:  # torch and the library raise many types, and name no file
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise ValueError(f"{path} is no readable checkpoint with a tokenizer: {reason}") from error
+    if found is None:
+        raise ValueError(f"{path} holds no tokenizer: it was not made with Text, DNA or Music.")
+    return found
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
     """Tokenizer from ``"bytes"``, a ``tokenizer.json``, its folder, a run's .ckpt, or a Hub name.
+
+    The short name of a model that statezoo ships gives the tokenizer of that model.
 
     Raises:
         ValueError: If ``source`` is none of them.
@@ -322,38 +332,24 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     path = Path(source)
     if path.suffix == ".ckpt" and path.is_file():
         return tokenizer_from_checkpoint(path)
-    file = path / TOKENS_FILE if path.is_dir() else path
-    if file.is_file():
-        config = file.with_name(CONFIG_FILE)
-        state = {TOKENS_FILE: file.read_text(encoding="utf-8")}
-        if config.is_file():
-            state[CONFIG_FILE] = config.read_text(encoding="utf-8")
-        try:
-            return tokenizer_from_state(state)
-        except Exception as error:  # the library raises bare Exception on a malformed file
-            raise ValueError(f"{file} is not a file of the tokenizers library: {error}") from error
-    return _from_transformers(source)
-
-
-def _from_transformers(source: str | Path) -> Tokenizer:
-    """Fast tokenizer that ``AutoTokenizer`` finds in a folder or on the Hub."""
-    from transformers import AutoTokenizer
-
     try:
-        found = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        path = place_of(source)
+        file = path / TOKENS_FILE if path.is_dir() else path
+        state = read_state(file) if file.is_file() else None
+        found = None if state else fast_tokenizer(path)
+    except ValueError as error:
         raise ValueError(
-            f"No tokenizer {str(source)!r}: give bytes, characters, a tokenizer.json, a folder "
-            f"with one, the .ckpt of a run, or a name on the Hub ({reason})"
+            f"No tokenizer {str(source)!r}{near(source)}: give bytes, characters, a "
+            f"tokenizer.json, a folder with one, the .ckpt of a run, a name on the Hub or one of "
+            f"statezoo list --pretrained ({error})"
         ) from error
-    backend = getattr(found, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(
-            f"Tokenizer {str(source)!r} has no fast form, so byte counts are unknown: "
-            "convert it to a tokenizer.json."
-        )
-    return BPE(backend, found.bos_token, {k: str(v) for k, v in found.special_tokens_map.items()})
+    if found is not None:
+        special = {key: str(token) for key, token in found.special_tokens_map.items()}
+        return BPE(found.backend_tokenizer, found.bos_token, special)
+    try:
+        return tokenizer_from_state(state or {})
+    except Exception as error:  # the library raises bare Exception on a malformed file
+        raise ValueError(f"{file} is not a file of the tokenizers library: {error}") from error
 
 
 def train_bpe(paths: Sequence[str | Path], vocab_size: int, out: str | Path) -> BPE:

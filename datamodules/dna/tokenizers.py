@@ -242,7 +242,7 @@ class Pieces(DNATokenizer):
 
 
 def dna_tokenizer(source: str | Path) -> DNATokenizer:
-    """Tokenizer from ``"characters"``, ``"kmer6"`` (or ``"kmer:K"``), a folder or a checkpoint.
+    """Tokenizer from ``"characters"``, ``"kmer6"`` (or ``"kmer:K"``), a model or a checkpoint.
 
     Raises:
         ValueError: If ``source`` is none of them, or a tokenizer for text.
@@ -253,11 +253,12 @@ def dna_tokenizer(source: str | Path) -> DNATokenizer:
     if found := re.fullmatch(r"kmer:?(\d+)", name):
         return KMers(int(found[1]))
     from statezoo.datamodules.tokenizers import load_tokenizer
+    from statezoo.shipped import near, resolve
 
-    if not Path(source).exists():
+    if not Path(resolve(name)).exists() and resolve(name).count("/") != 1:
         raise ValueError(
-            f"No tokenizer {name!r} for DNA: give characters, kmer6, kmer:K, the folder of a "
-            "trained one, or the .ckpt of a run."
+            f"No tokenizer {name!r} for DNA{near(name)}: give characters, kmer6, kmer:K, the "
+            "folder of a trained one, the .ckpt of a run, or a model's name."
         )
     tokenizer = load_tokenizer(source)
     if not isinstance(tokenizer, DNATokenizer):

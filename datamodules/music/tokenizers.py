@@ -10,7 +10,9 @@ from statezoo.datamodules.music.base import GrammarState, MusicTokenizer
 from statezoo.datamodules.music.midi import KINDS, MULTI_VOCABULARY, MidiState, MidiTokens
 from statezoo.datamodules.music.performance import Performance, PerformanceState
 from statezoo.datamodules.music.satb import SatbGrid, SatbState
+from statezoo.datamodules.saved import TOKENS_FILE, place_of, read_state
 from statezoo.datamodules.tokenizers import CONFIG_FILE, tokenizer_from_checkpoint
+from statezoo.shipped import near, resolve
 
 __all__ = [
     "ENCODINGS",
@@ -33,7 +35,7 @@ ENCODINGS = (*KINDS, SatbGrid.kind, Performance.kind)
 def music_tokenizer(name: str, **settings: Any) -> MusicTokenizer:
     """The tokenizer of an encoding: ``remi``, ``tsd``, ``midilike``, ``satb`` or ``performance``.
 
-    A folder with a saved tokenizer, or the .ckpt of a run, gives that tokenizer.
+    A folder with a saved tokenizer, the .ckpt of a run, or a model's name, gives that tokenizer.
 
     Args:
         name: What to make or load.
@@ -54,13 +56,17 @@ def music_tokenizer(name: str, **settings: Any) -> MusicTokenizer:
         if not isinstance(found, MusicTokenizer):
             raise ValueError(f"{path} was made with {found.kind} tokens, not with music.")
         return found
-    file = path / CONFIG_FILE
-    if file.is_file():
-        texts = {f.name: f.read_text(encoding="utf-8") for f in path.glob("tokenizer*.json")}
-        return music_tokenizer_from_state(texts)
+    place = resolve(name)
+    if Path(place).is_dir() or place.count("/") == 1:
+        try:
+            file = place_of(place) / TOKENS_FILE
+        except ValueError as error:
+            raise ValueError(f"No music encoding {name!r}: {error}") from error
+        if file.is_file():
+            return music_tokenizer_from_state(read_state(file))
     raise ValueError(
-        f"No music encoding {name!r}: use {', '.join(ENCODINGS)}, a folder with a saved "
-        "tokenizer, or the .ckpt of a run on music."
+        f"No music encoding {name!r}{near(name)}: use {', '.join(ENCODINGS)}, a folder with a "
+        "saved tokenizer, the .ckpt of a run on music, or a model's name."
     )
 
 
