@@ -61,8 +61,11 @@ def publish(
     with explained(name, revision, write=True):
         private, commit = _send(place, name, public, revision, message)
     call = f'statezoo.load("{name}", revision="{commit.oid}")'
+    url = f"{constants.ENDPOINT}/{name}"
     note = "  # private: needs a token" if private else ""
-    sys.stdout.write(f"{constants.ENDPOINT}/{name}\n{call}{note}\n")
+    if private and public:
+        note += f"; it was there before, and stays private: {url}/settings changes that"
+    sys.stdout.write(f"{url}\n{call}{note}\n")
 
 
 def _find(folder: str) -> Path:
