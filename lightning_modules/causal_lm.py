@@ -15,6 +15,7 @@ from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import GRADIENT_UNIT, OPTIM, Mixers
 from statezoo.lightning_modules.tokens import Reduction, TokenTask
 from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
+from statezoo.lightning_modules.vocabulary import Vocabulary
 from statezoo.zoo import StateZooForCausalLM
 from statezoo.zoo.auxiliary import Auxiliary
 
@@ -45,6 +46,11 @@ class CausalLM(TokenTask):
         tune: What of pretrained weights is trained: all; the ``head`` alone; low-rank updates of
             all projections in mixers and channel mixers (``lora``); or mixers' initial ``state``.
         adapter: Settings of ``lora`` and ``state``.
+        vocabulary: Where the data has other symbols than ``pretrained``: ``extend`` keeps the old
+            ones and begins new ones at their mean, the data's tokenizer made by ``statezoo
+            tokenizer extend``; ``new`` begins embedding and head anew and keeps the layers.
+        attention: ``rope_base`` and ``window`` that pretrained attention layers are to have, which
+            no weight depends on; to read longer contexts, a larger base.
 
     Raises:
         ValueError: If a setting is unknown or out of range, or differs from ``pretrained``'s.
@@ -66,6 +72,8 @@ class CausalLM(TokenTask):
         pretrained: str | None = None,
         tune: Tune = "full",
         adapter: Adapter = ADAPTER,
+        vocabulary: Vocabulary = "same",
+        attention: dict[str, Any] | None = None,
     ) -> None:
         settings = {
             "vocab_size": vocab_size,
@@ -75,8 +83,9 @@ class CausalLM(TokenTask):
             "channel": channel,
             "tie_embeddings": tie_embeddings,
         }
-        net = build_network(StateZooForCausalLM, settings, pretrained, defaults(CausalLM), tune)
-        super().__init__(net, optim, pretrained, tune, adapter)
+        usual, kind = defaults(CausalLM), StateZooForCausalLM
+        net = build_network(kind, settings, pretrained, usual, tune, vocabulary, attention)
+        super().__init__(net, optim, pretrained, tune, adapter, vocabulary)
         self.save_hyperparameters(self.plain_settings())
 
     def scored_nll(self, batch: Batch, reduction: Reduction) -> tuple[Tensor, Auxiliary]:

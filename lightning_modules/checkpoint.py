@@ -143,7 +143,8 @@ def check_same_tokenizer(of_weights: Mapping[str, bytes], of_data: Mapping[str, 
             raise ValueError(
                 "the weights were trained with another tokenizer than the data has, so its numbers "
                 "mean other symbols: give the data the tokenizer of the weights, --data.tokenizer "
-                "PATH (a checkpoint or model folder)."
+                "PATH (a checkpoint or model folder); language models can learn other symbols by "
+                "--model.vocabulary new."
             )
 
 

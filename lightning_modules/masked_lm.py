@@ -24,6 +24,7 @@ from statezoo.lightning_modules.strands import (
 from statezoo.lightning_modules.task import OPTIM
 from statezoo.lightning_modules.tokens import Reduction, TokenTask
 from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
+from statezoo.lightning_modules.vocabulary import Vocabulary
 from statezoo.zoo import StateZooForMaskedLM
 from statezoo.zoo.auxiliary import Auxiliary
 
@@ -55,6 +56,11 @@ class MaskedLM(TokenTask):
         tune: What of pretrained weights is trained: all; the ``head`` alone; low-rank updates of
             all projections in mixers and channel mixers (``lora``); or mixers' initial ``state``.
         adapter: Settings of ``lora`` and ``state``.
+        vocabulary: Where the data has other symbols than ``pretrained``: ``extend`` keeps the old
+            ones and begins new ones at their mean, the data's tokenizer made by ``statezoo
+            tokenizer extend``; ``new`` begins embedding and head anew and keeps the layers.
+        attention: ``rope_base`` and ``window`` that pretrained attention layers are to have, which
+            no weight depends on; to read longer contexts, a larger base.
 
     Raises:
         ValueError: If a setting is unknown or out of range, or differs from ``pretrained``'s.
@@ -80,6 +86,8 @@ class MaskedLM(TokenTask):
         pretrained: str | None = None,
         tune: Tune = "full",
         adapter: Adapter = ADAPTER,
+        vocabulary: Vocabulary = "same",
+        attention: dict[str, Any] | None = None,
     ) -> None:
         check_treatment(type(self).__name__, reverse_complement, complement)
         settings = {
@@ -93,8 +101,9 @@ class MaskedLM(TokenTask):
             "tie_directions": tie_directions,
             "complement": complement if reverse_complement == "equivariant" else None,
         }
-        net = build_network(StateZooForMaskedLM, settings, pretrained, defaults(MaskedLM), tune)
-        super().__init__(net, optim, pretrained, tune, adapter)
+        usual, kind = defaults(MaskedLM), StateZooForMaskedLM
+        net = build_network(kind, settings, pretrained, usual, tune, vocabulary, attention)
+        super().__init__(net, optim, pretrained, tune, adapter, vocabulary)
         self.reverse_complement, self.complement = treatment_of(
             reverse_complement, complement, net.config.complement
         )

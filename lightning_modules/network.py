@@ -14,6 +14,7 @@ from transformers.utils import logging
 import statezoo
 from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM, with_head
+from statezoo.lightning_modules.vocabulary import Vocabulary, check_vocabulary, with_vocabulary
 from statezoo.zoo.mixer import resolve_mixer
 from statezoo.zoo.model import StateZooPreTrainedModel
 from statezoo.zoo.tasks import TASKS
@@ -27,6 +28,9 @@ HEAD = ("id2label", "problem_type", "pooling")
 
 
 def build_network(
+WEIGHTLESS = ("rope_base", "window")
+"""Settings of mixers that attend which trained weights can do without or with."""
+
     kind: type[Net],
     settings: Mapping[str, Any],
     pretrained: str | Path | None = None,
@@ -34,6 +38,8 @@ def build_network(
     tune: str = "full",
 ) -> Net:
     """Return a new network, or one whose body is that of ``pretrained``, and tell what was kept.
+    vocabulary: Vocabulary = "same",
+    attention: Mapping[str, Any] | None = None,
 
     A network that reads one way can go on as one that reads both ways, or both strands, from the
     same weights. Where ``pretrained`` was for another task or for other classes, the head is new.
@@ -47,15 +53,32 @@ def build_network(
         tune: What is to be trained.
 
     Raises:
+        vocabulary: What to do where the data has other symbols than ``pretrained``.
+        attention: ``rope_base`` and ``window`` that the attention of ``pretrained`` is to have.
         ValueError: If a setting is wrong, or was set to something that ``pretrained`` has not; or
             if the head would be new and not be trained.
     """
     if pretrained is None:
         return kind(StateZooConfig(**_given(settings)))
+    check_vocabulary(vocabulary, pretrained, tune, new_rows=False)
     source = load_network(pretrained)
+        if attention:
+            raise ValueError(
+                "attention is about pretrained layers, and these weights are fresh: give "
+                "--model.pretrained NAME_OR_PATH, or say it in --model.mixers."
+            )
     body = _changes(settings, source.config)
     _check_shape({**settings, **body}, source.config, defaults or {}, str(pretrained), body)
-    net, told = _adopt(kind, source, settings, body)
+    if attention:
+        source = with_attention(source, attention)
+    had, has = int(source.config.vocab_size), int(settings["vocab_size"])
+    new_rows = vocabulary == "new" or (vocabulary == "extend" and has != had)
+    check_vocabulary(vocabulary, pretrained, tune, new_rows)
+    if new_rows:
+        source = with_vocabulary(source, has, vocabulary, settings.get("complement"))
+    net, told = _adopt(kind, source, settings, body, vocabulary == "new")
+    if new_rows and vocabulary == "extend":
+        told += f"; {has - had} new symbols, begun at the mean of the {had} others"
     if tune in ("lora", "state") and hasattr(net, "lm_head") and not hasattr(source, "lm_head"):
         raise ValueError(
             f"{str(pretrained)!r} is a {type(source).__name__}, so the head is new, and tune: "
@@ -68,6 +91,37 @@ def build_network(
 
 def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what was left open; no channel mixer is an answer."""
+def with_attention(net: Net, settings: Mapping[str, Any]) -> Net:
+    """Return a copy of a trained net whose attention layers have another base or window.
+
+    Neither has weights. A larger ``rope_base`` makes the rotary positions' waves longer, so that
+    places further apart than any seen in training still look like some that were; with heads of
+    width K, ``rope_base * s ** (K / (K - 2))`` stretches the longest wave ``s`` times.
+
+    Args:
+        net: The trained net.
+        settings: ``rope_base``, ``window`` or both.
+
+    Raises:
+        ValueError: If there is another key, or no layer that has such a setting.
+
+    Source: of the stretch, bloc97, NTK-aware scaled RoPE, 2023; Peng et al., YaRN,
+    arXiv:2309.00071v2, eq. 16.
+    """
+    if other := sorted(settings.keys() - {*WEIGHTLESS}):
+        raise ValueError(f"attention has {' and '.join(WEIGHTLESS)}, got {', '.join(other)}.")
+    mixers = net.config.mixers
+    for key in settings:
+        if not any(key in mixer for mixer in mixers):
+            raise ValueError(
+                f"attention.{key} needs layers that attend, these are "
+                f"{_listed([mixer['name'] for mixer in mixers])}: leave it out; a recurrent layer "
+                "reads any length as it is."
+            )
+    changed = [mixer | {k: v for k, v in settings.items() if k in mixer} for mixer in mixers]
+    return with_head(net, type(net), mixers=changed)[0]
+
+
     return {k: v for k, v in settings.items() if v is not None or k == "channel"}
 
 
@@ -84,7 +138,11 @@ def _changes(settings: Mapping[str, Any], found: StateZooConfig) -> dict[str, An
 
 
 def _adopt(
-    kind: type[Net], source: Any, settings: Mapping[str, Any], body: Mapping[str, Any]
+    kind: type[Net],
+    source: Any,
+    settings: Mapping[str, Any],
+    body: Mapping[str, Any],
+    new_symbols: bool = False,
 ) -> tuple[Net, str]:
     """Return a network of this kind with the weights of ``source``, and what became of them."""
     head = {key: settings[key] for key in HEAD if settings.get(key) is not None}
@@ -97,14 +155,17 @@ def _adopt(
     )
     names = _listed([mixer["name"] for mixer in net.config.layer_mixers])
     n = net.config.n_layers
-    told = f"kept the embedding and {n} layer{'s' if n > 1 else ''} ({names})"
-    if not exchanged.new:
+    table = "" if new_symbols else "the embedding and "
+    told = f"kept {table}{n} layer{'s' if n > 1 else ''} ({names})"
+    if not (exchanged.new or new_symbols):
         told += " and the head"
     for key, what in (("bidirectional", "ways"), ("complement", "strands")):
         if key in body:
             both = "from copies of" if body.get("tie_directions") is False else "with"
             told += f", now reading both {what} {both} the same weights"
-    if exchanged.new:
+    if new_symbols:
+        told += f"; new: the embedding and the head, for {net.config.vocab_size} symbols"
+    elif exchanged.new:
         told += "; new: the head"
         told += f" for {len(classes)} classes ({', '.join(classes.values())})" if head else ""
     return net, told
@@ -131,7 +192,8 @@ def _check_shape(
     if wanted.vocab_size != found.vocab_size:
         raise ValueError(
             f"{source!r} has vocab_size {found.vocab_size}, the data {wanted.vocab_size}: give the "
-            f"data the tokenizer of the weights, --data.tokenizer {source}."
+            f"data the tokenizer of the weights, --data.tokenizer {source}; language models can go "
+            "on with more symbols, or others, by --model.vocabulary extend or new."
         )
     usual = StateZooConfig(**defaults)
     for key in asked.keys() - {"mixers", "vocab_size"} - body.keys():
@@ -158,6 +220,7 @@ def _check_same(key: str, asked: Any, has: Any, default: Any, source: str) -> No
     if asked not in (has, default):
         raise ValueError(
             f"{source!r} has {key} {has!r}, asked for was {asked!r}: "
+        other = f", set --model.attention '{{{key}: {asked}}}'" if key in WEIGHTLESS else ""
             "leave the setting out, or start without pretrained weights."
         )
 

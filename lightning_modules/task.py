@@ -19,6 +19,7 @@ from statezoo.datamodules.batch import Batch
 from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.optim import Optim, adamw, freeze, rate
 from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune, learn_initial_states, tuned
+from statezoo.lightning_modules.vocabulary import Vocabulary, check_extends
 from statezoo.zoo.auxiliary import Auxiliary, auxiliary_loss, name_values, take_auxiliary, to_vector
 
 OPTIM = Optim()
@@ -59,6 +60,7 @@ class Task(LightningModule):
         pretrained: Where the network came from, if it did; data must have the same tokenizer.
         tune: What of it is trained.
         adapter: Settings of what is added to it for that.
+        vocabulary: Whether the data's symbols are those of the weights, and more, or others.
     """
 
     scored: ClassVar[str] = "token"
@@ -75,8 +77,10 @@ class Task(LightningModule):
         pretrained: str | None = None,
         tune: Tune = "full",
         adapter: Adapter | Mapping[str, Any] = ADAPTER,
+        vocabulary: Vocabulary = "same",
     ) -> None:
         super().__init__()
+        self.vocabulary: Vocabulary = vocabulary
         self.optim = Optim.of(optim)
         self.tune: Tune = tune
         self.base = None if pretrained is None else str(pretrained)
@@ -250,7 +254,10 @@ class Task(LightningModule):
             if getattr(self.net, "generation_config", None) is not None:
                 self.net.generation_config.bos_token_id = start
         files = ckpt.tokenizer_files(data)
-        ckpt.check_same_tokenizer(self.tokenizer_files, files)
+        if self.vocabulary == "same":
+            ckpt.check_same_tokenizer(self.tokenizer_files, files)
+        elif self.vocabulary == "extend":
+            check_extends(self.tokenizer_files, files)
         self.tokenizer_files = files or self.tokenizer_files
 
     def _check_objective(self, data: Any) -> None:

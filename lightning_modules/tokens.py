@@ -13,6 +13,7 @@ from statezoo.lightning_modules.metrics import PerCount
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import Loss, Task
 from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune
+from statezoo.lightning_modules.vocabulary import Vocabulary
 from statezoo.zoo.auxiliary import Auxiliary
 
 Reduction = Literal["mean", "sum", "none"]
@@ -32,6 +33,7 @@ class TokenTask(Task):
         pretrained: Where the network came from, if it did.
         tune: What of it is trained.
         adapter: Settings of what is added to it for that.
+        vocabulary: Whether the data's symbols are those of the weights, and more, or others.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class TokenTask(Task):
         pretrained: str | None = None,
         tune: Tune = "full",
         adapter: Adapter | Mapping[str, Any] = ADAPTER,
+        vocabulary: Vocabulary = "same",
     ) -> None:
-        super().__init__(net, optim, pretrained, tune, adapter)
+        super().__init__(net, optim, pretrained, tune, adapter, vocabulary)
         stages = ("val", "test")
         self.nll = nn.ModuleDict({stage: PerCount() for stage in stages})
         self.bits = nn.ModuleDict({stage: PerCount(bits=True) for stage in stages})
