@@ -13,8 +13,8 @@ from transformers.utils import logging
 
 import statezoo
 from statezoo.lightning_modules import checkpoint as ckpt
-from statezoo.zoo import StateZooConfig, StateZooForCausalLM, with_head
 from statezoo.lightning_modules.vocabulary import Vocabulary, check_vocabulary, with_vocabulary
+from statezoo.zoo import StateZooConfig, StateZooForCausalLM, with_head
 from statezoo.zoo.mixer import resolve_mixer
 from statezoo.zoo.model import StateZooPreTrainedModel
 from statezoo.zoo.tasks import TASKS
@@ -26,20 +26,20 @@ NETWORKS = {kind.__name__: kind for kind in TASKS.values()}
 HEAD = ("id2label", "problem_type", "pooling")
 """Settings of heads alone."""
 
-
-def build_network(
 WEIGHTLESS = ("rope_base", "window")
 """Settings of mixers that attend which trained weights can do without or with."""
 
+
+def build_network(
     kind: type[Net],
     settings: Mapping[str, Any],
     pretrained: str | Path | None = None,
     defaults: Mapping[str, Any] | None = None,
     tune: str = "full",
-) -> Net:
-    """Return a new network, or one whose body is that of ``pretrained``, and tell what was kept.
     vocabulary: Vocabulary = "same",
     attention: Mapping[str, Any] | None = None,
+) -> Net:
+    """Return a new network, or one whose body is that of ``pretrained``, and tell what was kept.
 
     A network that reads one way can go on as one that reads both ways, or both strands, from the
     same weights. Where ``pretrained`` was for another task or for other classes, the head is new.
@@ -51,24 +51,22 @@ WEIGHTLESS = ("rope_base", "window")
             those of the file.
         defaults: What ``settings`` are where no one asked for anything.
         tune: What is to be trained.
-
-    Raises:
         vocabulary: What to do where the data has other symbols than ``pretrained``.
         attention: ``rope_base`` and ``window`` that the attention of ``pretrained`` is to have.
+
+    Raises:
         ValueError: If a setting is wrong, or was set to something that ``pretrained`` has not; or
-            if the head would be new and not be trained.
+            if the head, or new symbols, would be new and not be trained.
     """
-    if pretrained is None:
-        return kind(StateZooConfig(**_given(settings)))
     check_vocabulary(vocabulary, pretrained, tune, new_rows=False)
-    source = load_network(pretrained)
+    if pretrained is None:
         if attention:
             raise ValueError(
                 "attention is about pretrained layers, and these weights are fresh: give "
                 "--model.pretrained NAME_OR_PATH, or say it in --model.mixers."
             )
-    body = _changes(settings, source.config)
-    _check_shape({**settings, **body}, source.config, defaults or {}, str(pretrained), body)
+        return kind(StateZooConfig(**_given(settings)))
+    source = load_network(pretrained)
     if attention:
         source = with_attention(source, attention)
     had, has = int(source.config.vocab_size), int(settings["vocab_size"])
@@ -76,6 +74,8 @@ WEIGHTLESS = ("rope_base", "window")
     check_vocabulary(vocabulary, pretrained, tune, new_rows)
     if new_rows:
         source = with_vocabulary(source, has, vocabulary, settings.get("complement"))
+    body = _changes(settings, source.config)
+    _check_shape({**settings, **body}, source.config, defaults or {}, str(pretrained), body)
     net, told = _adopt(kind, source, settings, body, vocabulary == "new")
     if new_rows and vocabulary == "extend":
         told += f"; {has - had} new symbols, begun at the mean of the {had} others"
@@ -89,8 +89,6 @@ WEIGHTLESS = ("rope_base", "window")
     return net
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what was left open; no channel mixer is an answer."""
 def with_attention(net: Net, settings: Mapping[str, Any]) -> Net:
     """Return a copy of a trained net whose attention layers have another base or window.
 
@@ -122,6 +120,8 @@ def with_attention(net: Net, settings: Mapping[str, Any]) -> Net:
     return with_head(net, type(net), mixers=changed)[0]
 
 
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what was left open; no channel mixer is an answer."""
     return {k: v for k, v in settings.items() if v is not None or k == "channel"}
 
 
@@ -218,10 +218,10 @@ def _check_same_mixers(wanted: StateZooConfig, found: StateZooConfig, source: st
 def _check_same(key: str, asked: Any, has: Any, default: Any, source: str) -> None:
     """Raise where what was asked for is neither the default nor what the file has."""
     if asked not in (has, default):
+        other = f", set --model.attention '{{{key}: {asked}}}'" if key in WEIGHTLESS else ""
         raise ValueError(
             f"{source!r} has {key} {has!r}, asked for was {asked!r}: "
-        other = f", set --model.attention '{{{key}: {asked}}}'" if key in WEIGHTLESS else ""
-            "leave the setting out, or start without pretrained weights."
+            f"leave the setting out{other}, or start without pretrained weights."
         )
 
 
