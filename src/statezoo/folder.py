@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from statezoo import safety
 from statezoo.download import is_adapter, is_name
 
 CARD, METRICS = "README.md", "metrics.json"
@@ -181,7 +182,7 @@ def _numbers(index: Any, metrics: Mapping[str, Any] | None) -> Iterator[str]:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             yield f"{CARD}: the value of {name} in model-index must be a number, got {value!r}."
         elif known and not any(_same(value, x) for x in _named(known, name, kind)):
-            there = ", ".join(f"{x:.6g}" for x in _named(known, name, kind)) or "does not have it"
+            there = " or ".join(f"{x:.6g}" for x in _named(known, name, kind)) or "nothing of it"
             yield f"{CARD}: model-index says {name} is {value:g}, {METRICS} says {there}."
 
 
@@ -273,6 +274,13 @@ def _model(folder: Path, metrics: Mapping[str, Any] | None) -> Iterator[str]:
     if any("safetensors file" in line or "no weights" in line for line in broken):
         return
     try:
+        kind = safety.read_json(folder / "config.json").get("model_type")
+        if kind != "statezoo":
+            yield (
+                f"config.json says model_type {kind!r}: only statezoo's own are published; "
+                "statezoo convert makes one of others."
+            )
+            return
         net = statezoo.load(folder, dtype="float32")
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].replace(f"{folder}", folder.name)
