@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,25 @@ def _numbers(measure: Any, run: Any, net: Any, name: str) -> dict[str, Any]:
     length = int(run.data.seq_len)
     test = f"statezoo test --config {name}/config.yaml --model.pretrained {name}"
     return {
-        "results": measure.results(run),
+        "results": _told("validation and test", measure.results, run),
         "unit": run.module.unit,
         "model": measure.describe(net, length),
         "data": {
             "name": f"{type(run.data).__name__} {Path(run.data.path or 'default').name}",
             "fingerprint": measure.fingerprint(run),
         },
-        "baselines": measure.baselines(run),
+        "baselines": _told("baselines", measure.baselines, run),
         "fixture": measure.fixture(run, net),
-        "speed": measure.speed(run, f"statezoo card RUN {name}"),
+        "speed": _told("speed", measure.speed, run, f"statezoo card RUN {name}"),
         "command": f"{test} --trainer.precision 32-true --data.path PATH",
     }
+
+
+def _told(what: str, measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Measure, and say what while it takes its time."""
+    sys.stdout.write(f"measuring {what}\n")
+    sys.stdout.flush()
+    return measure(*args)
 
 
 def _tokenizer(run: Any) -> dict[str, bytes]:

@@ -17,6 +17,8 @@ __all__ = ["Run", "command_of", "open_run", "portable", "training"]
 
 LONGEST_REPLAY = 5000
 """Batches of training that are read again to count tokens that a run did not count."""
+PLAIN = ("bytes", "characters", "satb", "remi", "tsd", "midilike", "performance", "kmer")
+"""How the names of tokenizers begin that need no files."""
 
 
 @dataclass(frozen=True)
@@ -68,16 +70,17 @@ def open_run(source: str) -> Run:
             f"{type(module).__name__}: statezoo export writes its folder, statezoo test its "
             "numbers."
         )
-    return Run(checkpoint.parent, checkpoint, config, module, _data(config, settings))
+    return Run(checkpoint.parent, checkpoint, config, module, _data(config, settings, checkpoint))
 
 
-def _data(config: Mapping[str, Any], settings: Path) -> Any:
-    """Make the data module of a run."""
+def _data(config: Mapping[str, Any], settings: Path, checkpoint: Path) -> Any:
+    """Make the data module of a run; a tokenizer that was a file is that of the checkpoint."""
     entry = config.get("data") or {}
     if not isinstance(entry, dict) or "class_path" not in entry:
         raise ValueError(f"{str(settings)!r} does not say what the data was (data.class_path).")
     module, _, name = entry["class_path"].rpartition(".")
     given = dict(entry.get("init_args") or {})
+    given |= {key: str(checkpoint) for key in _filed(given)}
     try:
         return getattr(importlib.import_module(module), name)(**given)
     except FileNotFoundError as error:
@@ -102,11 +105,14 @@ def portable(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     given = found["data"].get("init_args") or {}
     if given.get("path"):
         given["path"] = Path(given["path"]).name
-    had = (config["data"].get("init_args") or {}) | {}
-    for key in ("tokenizer", "encoding"):
-        if isinstance(had.get(key), str) and Path(had[key]).exists():
-            given[key] = name
+    given |= {key: name for key in _filed(given)}
     return found
+
+
+def _filed(given: Mapping[str, Any]) -> list[str]:
+    """Return those settings of data that name files of a tokenizer."""
+    keys = ("tokenizer", "encoding")
+    return [k for k in keys if isinstance(given.get(k), str) and not given[k].startswith(PLAIN)]
 
 
 def _without_folders(value: Any) -> Any:
