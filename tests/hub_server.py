@@ -1,9 +1,11 @@
 """A Hub on loopback: the endpoints that huggingface_hub calls, tokens, and failures on demand."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import socket
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +61,7 @@ class HubServer:
     def __init__(self):
         self.repos, self.blobs, self.log, self.failures = {}, {}, [], []
         self.tokens = {"hf_writes": {"org"}, "hf_reads": set()}
-        self.hung = threading.Event()
+        self.hung, self.open = threading.Event(), []
         self.port = 0
         self.start()
 
@@ -73,6 +75,10 @@ class HubServer:
     def stop(self):
         self._server.shutdown()
         self._server.server_close()
+        for connection in self.open:  # what is kept alive too
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        self.open.clear()
 
     @property
     def url(self):
@@ -86,6 +92,10 @@ class HubServer:
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
+
+    def setup(self):
+        self.hub.open.append(self.request)
+        super().setup()
 
     def log_message(self, *_):
         pass

@@ -118,7 +118,7 @@ def test_cards_without_what_they_need(folder):
         (text[:start] + "model-index: [a]\n---\n", "README.md: model-index must list results, "
          "each with its metrics, each of which has a type and a value."),
         ("# tiny\n", "README.md has no metadata: it begins with a block between two ---."),
-        ("---\nlicense: [\n---\n", "README.md: the metadata is no YAML in line 3: "),
+        ("---\nlicense: [\n---\n", "README.md: the metadata is no YAML in line 2: "),
         ("---\n- a\n---\n", "README.md: the metadata must map names to values."),
     ):  # fmt: skip
         (folder / "README.md").write_text(cut)

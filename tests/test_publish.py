@@ -285,9 +285,9 @@ def test_who_may_not_write(token, told, worker, hub):
 
 
 def test_what_cannot_be_loaded(worker, hub, published):
-    def load(name, token="hf_reads", **more):
+    def load(name, saved="hf_reads", **more):
         given = "".join(f", {key}={value!r}" for key, value in more.items())
-        change = worker.command(token=token).partition(";")[0]
+        change = worker.command(token=saved).partition(";")[0]
         return worker.fails(f"{change}\nstatezoo.load({name!r}{given})")
 
     missing = "HubError: there is no folder '{}' here and no model '{}' on {}, or it is private "

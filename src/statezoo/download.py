@@ -93,7 +93,9 @@ def fetch(
         except LocalEntryNotFoundError as error:
             raise error from (lost or error.__cause__)
     if not any((*folder.glob("*.safetensors"), *folder.glob("*.bin"))):
-        raise HubError(f"{name!r} has settings, but no weights: no model.safetensors.")
+        if not kwargs.get("local_files_only"):
+            raise HubError(f"{name!r} has settings, but no weights: no model.safetensors.")
+        raise HubError(f"the copy of {name!r} in the cache has no weights: load it on line once.")
     if lost is not None:
         why = explain(lost, name, revision, token)
         log.warning("used the copy of %r in the cache, commit %s: %s", name, folder.name[:8], why)
