@@ -2,9 +2,11 @@
 
 import builtins
 import re
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tests.lightning_modules.motifs import COMPLEMENT
 from tests.zoo.cases import CASES, KINDS
 from torch import nn
@@ -19,7 +21,7 @@ from statezoo.lightning_modules import (
     export,
 )
 from statezoo.lightning_modules.optim import Optim, adamw
-from statezoo.lightning_modules.tuning import Adapter, tuned
+from statezoo.lightning_modules.tuning import Adapter, default_rank, plain_network, tuned
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM, StateZooForSequenceClassification
 
 pytestmark = [
@@ -30,6 +32,8 @@ pytestmark = [
 ]
 WORDS = 11
 IDS = torch.randint(WORDS, (2, 9), generator=torch.Generator().manual_seed(0))
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = sorted(file.name for file in CONFIGS.glob("*_tiny.yaml"))
 RECURRENT = [case for case in KINDS if any(e["name"] != "attention" for e in CASES[case])]
 
 
@@ -81,6 +85,33 @@ def test_lora_trains_an_update_of_every_projection_and_nothing_else(case):
     assert trained(net) == {f"{m}.lora_{side}.default.weight" for m in maps for side in "AB"}
     assert torch.equal(net.eval()(IDS).logits, logits)
     assert two_steps(net) == trained(net)
+
+
+@pytest.mark.parametrize("case", KINDS)
+def test_lora_of_every_mixer_is_merged_with_equal_logits(case):
+    net, adapter = tuned(network(case), "lora", Adapter(rank=2))
+    before = net.eval()(IDS).logits
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if ".lora_B." in name:
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    want = net.eval()(IDS).logits
+    plain = plain_network(net, "lora", adapter).eval()
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    assert (want - before).abs().max() > 1e-4
+    torch.testing.assert_close(plain(IDS).logits, want, atol=1e-5, rtol=1e-4)  # order of sums
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_adapter_of_every_family_is_below_five_percent(name):
+    """Counted here: r * (in + out) of all maps, in float32, for the preset of each family."""
+    settings = yaml.safe_load((CONFIGS / name).read_text())["model"]
+    with torch.device("meta"):
+        net = getattr(architectures, settings["class_path"])(**settings["init_args"]).net
+        total = sum(p.numel() for p in net.parameters())
+        widths = [sum(m.weight.shape) for n, m in net.named_modules() if n in linear_maps(net)]
+        added = default_rank(net, "lora") * sum(widths)
+    assert 0 < added < 0.05 * total
 
 
 @pytest.mark.parametrize("case", RECURRENT)
