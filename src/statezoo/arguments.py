@@ -46,6 +46,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     checkpoint = next(iter(options.values("--ckpt_path")), None)
     if checkpoint and checkpoint not in KEYWORDS and not _names_model(options):
         options.arguments += ["--model", json.dumps(model_of(checkpoint))]
+    _check_pretrained(options)
     options.bring_forward(("--config", "-c"), ("--model", "--data"))
     return [command, *options.arguments]
 
@@ -162,6 +163,24 @@ def _names_model(options: _Options) -> bool:
     """Say whether the command line or one of its configs names a model."""
     configs = [*options.values("--config"), *options.values("-c")]
     return bool(options.values("--model")) or any("model" in read_config(f) for f in configs)
+
+
+def _check_pretrained(options: _Options) -> None:
+    """Raise where a config reads with the tokenizer of weights that no one names.
+
+    Raises:
+        ValueError: If that is so.
+    """
+    for file in [*options.values("--config"), *options.values("-c")]:
+        content = read_config(file)
+        data, model = ((content.get(part) or {}) for part in ("data", "model"))
+        wants = str(data).count("${model.init_args.pretrained}")
+        named = isinstance(model, dict) and (model.get("init_args") or {}).get("pretrained")
+        if wants and not (named or options.values("--model.pretrained")):
+            raise ValueError(
+                f"config {Path(file).stem!r} starts from pretrained weights and none are named: "
+                "give --model.pretrained NAME_OR_PATH (statezoo list --pretrained shows ours)"
+            )
 
 
 def model_of(checkpoint: str) -> dict[str, Any]:
