@@ -5,7 +5,7 @@ Source: Hu et al., LoRA, arXiv:2106.09685v2, section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,8 +17,16 @@ NAME = "default"
 """What peft calls an adapter that is the only one."""
 
 
-def projections(net: Any) -> dict[str, nn.Linear]:
-    """List the linear maps of all mixers and channel mixers, by their names in ``net``."""
+def projections(net: Any, targets: Sequence[str] | None = None) -> dict[str, nn.Linear]:
+    """List the linear maps of all mixers and channel mixers, by their names in ``net``.
+
+    Args:
+        net: The network.
+        targets: Only those whose names end so, such as ``q_proj``; default all.
+
+    Raises:
+        ValueError: If no name ends like one of the targets.
+    """
     body: StateZooModel = net.model
     found = {}
     for number, block in enumerate(body.layers):
@@ -28,7 +36,20 @@ def projections(net: Any) -> dict[str, nn.Linear]:
                 if isinstance(module, nn.Linear):
                     path = f"model.layers.{number}.{part}"
                     found[f"{path}.{name}" if name else path] = module
-    return found
+    if targets is None:
+        return found
+    for target in targets:
+        if not any(_ends(name, target) for name in found):
+            known = sorted({name.rpartition(".")[2] for name in found})
+            raise ValueError(
+                f"adapter.targets: no projection is called {target!r}; there are "
+                f"{', '.join(known)}."
+            )
+    return {name: x for name, x in found.items() if any(_ends(name, t) for t in targets)}
+
+
+def _ends(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
 
 
 def import_peft() -> Any:
@@ -46,14 +67,17 @@ def import_peft() -> Any:
     return peft
 
 
-def add_lora(net: Any, rank: int, alpha: float, dropout: float) -> None:
-    """Add to every projection of ``net``, in place, an update that is zero; freeze all else.
+def add_lora(
+    net: Any, rank: int, alpha: float, dropout: float, targets: Sequence[str] | None = None
+) -> None:
+    """Add to projections of ``net``, in place, an update that is zero; freeze all else.
 
     Raises:
         ModuleNotFoundError: If peft is not installed.
+        ValueError: If there is no such projection.
     """
     peft = import_peft()
-    config = peft_config(rank, alpha, dropout, [*projections(net)])
+    config = peft_config(rank, alpha, dropout, [*projections(net, targets)])
     config._register_custom_module({EachMemory: _each_memory()})
     peft.inject_adapter_in_model(config, net, adapter_name=NAME)
 

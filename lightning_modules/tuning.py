@@ -39,11 +39,14 @@ class Adapter:
             highest of 4, 2 and 1 below 1 %, else 1.
         alpha: LoRA's updates count ``alpha / rank`` times; default is twice the rank.
         dropout: Part of the projections' inputs that training hides from LoRA.
+        targets: Names of the projections that LoRA updates, such as ``[q_proj, v_proj]``; default
+            all of mixers and channel mixers.
     """
 
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
+    targets: list[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
@@ -90,6 +93,7 @@ class Adapter:
             "rank": self.rank is not None and tune not in SHARE,
             "alpha": self.alpha is not None and tune != "lora",
             "dropout": self.dropout > 0 and tune != "lora",
+            "targets": self.targets is not None and tune != "lora",
         }
         if wrong := [key for key, unused in given.items() if unused]:
             raise ValueError(
@@ -129,9 +133,9 @@ def tuned(net: Any, tune: Tune, adapter: Adapter) -> tuple[Any, Adapter]:
         net, told = own_head(net)
         net.requires_grad_(False)
     elif tune == "lora":
-        rank = adapter.rank or default_rank(net, tune)
+        rank = adapter.rank or default_rank(net, tune, adapter.targets)
         adapter = replace(adapter, rank=rank, alpha=adapter.alpha or 2.0 * rank)
-        add_lora(net, rank, adapter.alpha or 0.0, adapter.dropout)
+        add_lora(net, rank, adapter.alpha or 0.0, adapter.dropout, adapter.targets)
         told = f" of rank {rank}"
     else:
         adapter = replace(adapter, rank=_state_rank(net, adapter.rank))
@@ -162,19 +166,19 @@ def own_head(net: StateZooPreTrainedModel) -> tuple[StateZooPreTrainedModel, str
     return net, ", from now on apart from the embedding,"
 
 
-def default_rank(net: Any, tune: str) -> int:
+def default_rank(net: Any, tune: str, targets: list[str] | None = None) -> int:
     """Return the highest rank whose adapter is small enough, else the lowest."""
     base = sum(p.numel() * p.element_size() for p in net.parameters())
     for rank in RANKS[tune]:
-        sizes = lora_sizes(net, rank) if tune == "lora" else state_sizes(net, rank)
+        sizes = lora_sizes(net, rank, targets) if tune == "lora" else state_sizes(net, rank)
         if sum(4 * n + ENTRY for n in sizes) < SHARE[tune] * base:
             return rank
     return RANKS[tune][-1]
 
 
-def lora_sizes(net: Any, rank: int) -> list[int]:
+def lora_sizes(net: Any, rank: int, targets: list[str] | None = None) -> list[int]:
     """List the numbers of parameters of the tensors that LoRA adds."""
-    shapes = (module.weight.shape for module in projections(net).values())
+    shapes = (module.weight.shape for module in projections(net, targets).values())
     return [rank * width for shape in shapes for width in shape]
 
 

@@ -39,6 +39,20 @@ MORE = {  # settings beside the defaults
     "mamba-negative": [{"name": "mamba", "negative_eigenvalues": True, "d_conv": 2}],
     "mamba2-groups": [{"name": "mamba2", "n_groups": 2, "dt_limit": [0.01, 0.5], "bias": True}],
     "liger-grouped": [{"name": "liger", "n_heads": 4, "n_kv_heads": 2, "window": 3}],
+    "liger-deltanet": [
+        {
+            "name": "liger",
+            "recurrence": "gated_deltanet",
+            "n_kv_heads": 1,
+            "window": 3,
+            "qk_norm": True,
+        }
+    ],
+    "liger-mamba2": [{"name": "liger", "recurrence": "mamba2", "window": 2, "head_dim": 6}],
+    "liger-alone": [
+        {"name": "liger", "arm": "recurrence"},
+        {"name": "liger", "arm": "window", "window": 2, "rope_scaling": {"factor": 2.0}},
+    ],
     "mom-gla": [{"name": "mom", "inner": "gla", "inner_settings": {"d_conv": 3}}],
     "mom-mamba2": [{"name": "mom", "inner": "mamba2", "shared_memory": False}],
     "mom-deltaproduct": [{"name": "mom", "inner": "deltaproduct", "n_memories": 3, "top_k": 3}],
