@@ -12,6 +12,7 @@ from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.checkpoint import CheckpointError, load_checkpoint
 from statezoo.lightning_modules.classify import SequenceClassifier
 from statezoo.lightning_modules.length_warmup import LengthWarmup
+from statezoo.lightning_modules.linearize import Linearize
 from statezoo.lightning_modules.masked_lm import MaskedLM
 from statezoo.lightning_modules.network import export, export_checkpoint, load_network
 from statezoo.lightning_modules.note_frames import NoteFrames
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointError",
     "Hybrid",
     "LengthWarmup",
+    "Linearize",
     "MaskedLM",
     "NoteFrames",
     "Optim",
