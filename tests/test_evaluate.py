@@ -150,16 +150,13 @@ def test_token_over_the_border_counts(tmp_path):
 
 
 def test_shipped_documents_are_what_their_makers_draw():
-    for file, rows in (
-        ("recall.jsonl", [*local_tasks.recall()]),
-        ("promoter.jsonl", [*local_tasks.promoters()]),
-    ):
-        assert local_tasks.documents(file)["test"].to_list() == rows
-    for row in local_tasks.recall():
+    recall, promoters = [*local_tasks.recall()], [*local_tasks.promoters()]
+    assert local_tasks.documents("recall.jsonl")["test"].to_list() == recall
+    assert local_tasks.documents("promoter.jsonl")["test"].to_list() == promoters
+    for row in recall:
         *pairs, asked = row["text"].split()
         answer = dict(zip(pairs[::2], pairs[1::2], strict=True))[asked]
         assert row["choices"][row["label"]] == answer
-    promoters = [*local_tasks.promoters()]
     assert len(promoters) == 120
     assert sum(row["label"] for row in promoters) in range(45, 76)
     for row in promoters:

@@ -309,7 +309,7 @@ def _run(
         ValueError: If a task asks for what its documents or the model do not have.
     """
     import torch
-    from lm_eval import evaluate as run
+    from lm_eval import evaluate as run  # type: ignore[import-untyped,unused-ignore]
 
     for task in tasks["tasks"].values():
         own = task.get_config("num_fewshot")

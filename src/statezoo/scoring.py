@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from statezoo import shipped
 from statezoo.arguments import find_checkpoint
 from statezoo.datamodules.dna.tokenizers import DNATokenizer
 from statezoo.datamodules.music.base import MusicTokenizer
@@ -216,7 +217,7 @@ def trained_length(source: str) -> int | None:
 
     It stands in ``metrics.json`` of a shipped or published folder, and in ``config.yaml`` of a run.
     """
-    place = Path(source)
+    place = Path(shipped.resolve(source))
     if place.is_dir() and not (place / "config.json").is_file():
         place = find_checkpoint(place)
     folder = place if place.is_dir() else place.parent
