@@ -1,4 +1,4 @@
-"""What data with labels share: batches of padded rows, splits, checkpoints that name classes."""
+"""What data with labels share: splits, counts, prediction, checkpoints that name classes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from statezoo.datamodules.base import SplitData, check_tokenizer
-from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.datamodules.examples import SPLITS, Examples, assign_splits, collect, overlaps
+from statezoo.datamodules.labelled_batches import LabelledRows, LengthLoader
 from statezoo.datamodules.labelled_rows import Row, Rows
 from statezoo.datamodules.labels import (
     KINDS,
@@ -29,108 +28,9 @@ from statezoo.datamodules.labels import (
 from statezoo.datamodules.loader import SeekableLoader
 from statezoo.datamodules.tokenizers import Tokenizer, tokenizer_from_state
 
-__all__ = ["LabelledData", "LabelledRows", "LengthLoader"]
+__all__ = ["LabelledData"]
 
 log = logging.getLogger(__name__)
-
-
-class LabelledRows:
-    """Batches of some labelled rows, in the form that ``SeekableLoader`` asks for.
-
-    A batch has ``tokens [B T]`` and ``labels``, ``attention_mask [B T]`` where lengths differ (the
-    padding is on the right), and ``ids`` where names are wanted; with names, those of tags have
-    ``tagged [B T]`` too, whether a tag is due.
-
-    Args:
-        parts: ``[T]`` array of each row: ids, or what ``encode`` makes ids of.
-        labels: Their labels; tags have one for each of the ``T`` places.
-        pad_id: Fills short rows.
-        blank: Ids of a row that is not there.
-        names: Name of each row, to be handed on.
-    """
-
-    size = 2**31 - 1
-    """The loader draws a number below this each epoch, which ``encode`` may use."""
-
-    def __init__(
-        self,
-        parts: Sequence[NDArray[Any]],
-        labels: Labels,
-        *,
-        pad_id: int,
-        blank: int,
-        names: list[str] | None = None,
-    ) -> None:
-        # One array, not a list: worker processes would copy a list's pages by counting references.
-        self.joined = np.concatenate(parts) if len(parts) else np.zeros(0, dtype=np.uint8)
-        self.bounds = np.cumsum([0, *map(len, parts)])
-        self.labels, self.names = labels, names
-        self.pad_id, self.blank = pad_id, blank
-        if labels.kind == "tags":
-            self._tags = np.concatenate(labels.values or [np.zeros(0, dtype=np.int16)])
-
-    def __len__(self) -> int:
-        return len(self.bounds) - 1
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """``[n]`` places of each row."""
-        return np.diff(self.bounds)
-
-    def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
-        """The rows ``index[1]`` in the epoch that is named ``index[0]``; row -1 has no label."""
-        epoch, rows = index
-        encoded = [self._row(row, epoch) for row in rows]
-        sizes = np.array([len(ids) for ids, _ in encoded])
-        inside = np.arange(sizes.max()) < sizes[:, None]  # [B T]
-        tokens = np.full(inside.shape, self.pad_id, dtype=np.int64)
-        tokens[inside] = np.concatenate([ids for ids, _ in encoded])
-        batch = Batch(tokens=torch.from_numpy(tokens))
-        if not inside.all():
-            batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
-        if self.names is not None:
-            batch["ids"] = [self.names[row] if row >= 0 else "" for row in rows]
-        if self.labels.kind != "tags":
-            batch["labels"] = self.labels.batch(rows)
-            return batch
-        tags = np.full(inside.shape, IGNORE, dtype=np.int64)
-        tags[inside] = np.concatenate([tags for _, tags in encoded])
-        if self.names is not None:
-            batch["tagged"] = torch.from_numpy(tags != IGNORE)
-        batch["labels"] = torch.from_numpy(np.where(tags >= 0, tags, IGNORE))
-        return batch
-
-    def _row(self, row: int, epoch: int) -> tuple[NDArray[Any], NDArray[np.int16]]:
-        if row < 0:
-            return np.array([self.blank]), np.array([IGNORE], dtype=np.int16)
-        at = slice(self.bounds[row], self.bounds[row + 1])
-        tags = self._tags[at] if self.labels.kind == "tags" else np.zeros(0, dtype=np.int16)
-        return self.encode(row, epoch, self.joined[at], tags)
-
-    def encode(
-        self, row: int, epoch: int, part: NDArray[Any], tags: NDArray[np.int16]
-    ) -> tuple[NDArray[Any], NDArray[np.int16]]:
-        """Ids of a row and, if there are tags, that of each."""
-        return part, tags
-
-
-class LengthLoader(SeekableLoader):
-    """Puts rows of like length into a batch: within every ``POOL`` batches they are sorted."""
-
-    POOL = 50
-
-    def _epoch_order(self, epoch: int) -> tuple[int, NDArray[np.int64]]:
-        shift, order = super()._epoch_order(epoch)
-        lengths = self.windows.lengths  # type: ignore[attr-defined]
-        if self.shuffle and len(np.unique(lengths)) > 1:
-            size = self.batch_size * self.world_size
-            pool = np.arange(len(order)) // (size * self.POOL)
-            order = order[np.lexsort((lengths[order], pool))]
-            whole = len(order) // size  # the last batch, which may be smaller, stays the last
-            batches = np.random.default_rng([self.seed, epoch, 1]).permutation(whole)
-            front = order[: whole * size].reshape(whole, size)[batches].reshape(-1)
-            order = np.concatenate([front, order[whole * size :]])
-        return shift, order
 
 
 class _Read(NamedTuple):
@@ -155,12 +55,15 @@ class LabelledData(SplitData):
         val_fraction: Part of the training rows to validate on where no split says it.
         test_fraction: Part of the training rows to test on where no split says it.
         val_contigs: Contigs to validate on instead.
+        label_kind: Kind of the labels for tasks. Not there where nothing but ``predict`` is read,
+            until a checkpoint says it.
     """
 
     loader = LengthLoader
     path: str | None
     predict: str | None
     kind: Kind
+    label_kind: Kind
     label_field: str | None
     label_fields: list[str]
     val_fraction: float
@@ -178,6 +81,8 @@ class LabelledData(SplitData):
 
     def check(self, *least: tuple[str, int]) -> None:
         """Check the settings that all have, and that others are at least so large.
+
+        Sets ``label_kind`` where it is known.
 
         Raises:
             ValueError: If one is out of range.
@@ -205,6 +110,8 @@ class LabelledData(SplitData):
                 f"{name} takes label_field or label_fields, not both: got {self.label_field!r} "
                 f"and {self.label_fields}."
             )
+        if not self.only_predicts:
+            self.label_kind = self.kind
 
     # ------------------------------------------------------ what subclasses say
 
@@ -246,14 +153,9 @@ class LabelledData(SplitData):
         return self.tokenizer.vocab_size
 
     @property
-    def label_kind(self) -> Kind | None:
-        """Kind of the labels; None where nothing but ``predict`` is read and no checkpoint says."""
-        return self._saved_kind if self.only_predicts else self.kind
-
-    @property
     def row_kind(self) -> Kind:
         """Kind of the labels of the rows that are read now."""
-        return self.label_kind or self.kind
+        return getattr(self, "label_kind", self.kind)
 
     @property
     def class_names(self) -> list[str]:
@@ -336,7 +238,7 @@ class LabelledData(SplitData):
         """Classes and tokenizer, so that a checkpoint alone can name what it predicts."""
         return {
             "class_names": self.class_names,
-            "label_kind": self.label_kind,
+            "label_kind": self.row_kind,
             "tokenizer": self.tokenizer.state_dict(),
         }
 
@@ -359,10 +261,9 @@ class LabelledData(SplitData):
                 f"{', '.join(self.class_names)}: give data with the same labels, or start a new "
                 "run from the weights with pretrained."
             )
-        self._known, self._saved_kind = names, kind
+        self._known, self.label_kind = names, kind
 
     _known: list[str] = []  # noqa: RUF012  # of a checkpoint; never changed in place
-    _saved_kind: Kind | None = None
 
     @cached_property
     def _data(self) -> _Read:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from statezoo.datamodules.batch import IGNORE
 from statezoo.datamodules.examples import Unusable
-from statezoo.datamodules.labelled import LabelledData, LabelledRows
+from statezoo.datamodules.labelled import LabelledData
+from statezoo.datamodules.labelled_batches import LabelledRows
 from statezoo.datamodules.labelled_rows import Row
 from statezoo.datamodules.labels import Kind, Labels
 from statezoo.datamodules.text_rows import TextRows, paragraphs

@@ -15,7 +15,8 @@ from statezoo.datamodules.dna.rows import DNARows, synthetic_rows, synthetic_tag
 from statezoo.datamodules.dna.sequence import check_letters, composition, reverse_complement
 from statezoo.datamodules.dna.tokenizers import DNATokenizer, dna_tokenizer
 from statezoo.datamodules.examples import Examples, Unusable
-from statezoo.datamodules.labelled import LabelledData, LabelledRows
+from statezoo.datamodules.labelled import LabelledData
+from statezoo.datamodules.labelled_batches import LabelledRows
 from statezoo.datamodules.labelled_rows import Row
 from statezoo.datamodules.labels import Coded, Kind, Labels, RawLabel, cut
 

@@ -15,12 +15,10 @@ from statezoo.datamodules.dna.sequence import reverse_complement
 from statezoo.datamodules.dna.synthetic import synthetic_genome
 from statezoo.datamodules.dna.tables import BED, PLAIN, fasta_records, file_kind
 from statezoo.datamodules.labelled_rows import NAMES, Row, Rows
-from statezoo.datamodules.labels import RawLabel, cut
+from statezoo.datamodules.labels import KINDS, RawLabel, cut
 from statezoo.datamodules.tables import TABLES, label_text, lines, records, split_name
 
 __all__ = ["DNARows", "synthetic_rows", "synthetic_tags"]
-
-_KINDS = ("class", "classes", "number", "tags")
 
 
 @dataclass
@@ -40,7 +38,7 @@ class DNARows(Rows):
     window: int | None = None
     held: tuple[float, float] | None = None
 
-    contents = dict.fromkeys(_KINDS, ("sequence",))  # type: ignore[assignment]
+    contents = dict.fromkeys(KINDS, ("sequence",))
     content_setting = "sequence_field"
     what = (
         "labelled sequences: accepted are names ending in "
@@ -211,14 +209,12 @@ def synthetic_rows(window: int = 60) -> Iterator[Row]:
 
 
 def synthetic_tags(window: int = 1024) -> Iterator[Row]:
-    """Windows of the first 1 Mb of the SYNTHETIC genome, each base with its kind of feature.
+    """Windows of 1 Mb of the SYNTHETIC genome, each base with its kind of feature.
 
     Those of the last tenth are the test, those of the tenth before them the validation.
     """
-    genome = synthetic_genome(4_000_000, seed=0)
-    size = 1_000_000
-    features = [(i.start, i.end, i.kind) for i in genome.intervals if i.end <= size]
-    tags = paint(size, features)
+    genome, size = synthetic_genome(1_000_000, seed=0), 1_000_000
+    tags = paint(size, [(i.start, i.end, i.kind) for i in genome.intervals])
     for at in range(0, size, window):
         end = min(at + window, size)
         split = "train" if end <= 0.8 * size else "val" if end <= 0.9 * size else "test"
