@@ -29,7 +29,8 @@ def is_hub_id(name: str) -> bool:
 def is_name(base: object) -> bool:
     """Say whether a model is named so that it can be found from everywhere: no path."""
     text = str(base)
-    return bool(re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", text)) and not text.endswith(".ckpt")
+    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) and not text.endswith(".ckpt")
+    return bool(on_hub) or text in shipped.names()
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -135,7 +136,7 @@ def _check_kind(folder: Path, name: str) -> None:
             f"{name!r} holds no model of statezoo: it has neither config.json nor adapter.json."
         )
     try:
-        kind = convert.model_type(convert.read_config(folder))
+        kind = convert.model_type(safety.read_json(folder / safety.CONFIG))
     except ValueError as error:
         raise HubError(f"{name!r} holds no model: its config.json is not JSON.") from error
     if kind not in ("statezoo", *convert.SUPPORTED):

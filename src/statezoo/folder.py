@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped,unused-ignore]
 
 from statezoo import safety
 from statezoo.download import is_adapter, is_name
@@ -253,7 +253,7 @@ def _adapter(folder: Path) -> Iterator[str]:
     except ValueError as error:
         yield f"{error}"
         return
-    if not is_name(info["base"]):
+    if not is_name(info["base"]) or Path(info["base"]).exists():
         yield (
             f"adapter.json names as base {info['base']!r}, which is on this machine alone: publish "
             "the base, and write its name there, under base."
@@ -286,7 +286,7 @@ def _model(folder: Path, metrics: Mapping[str, Any] | None) -> Iterator[str]:
         reason = str(error).strip().partition("\n")[0].replace(f"{folder}", folder.name)
         yield f"config.json and the weights do not fit: {reason.rstrip('.')}."
         return
-    if broken or metrics is None or not net.can_generate():  # type: ignore[no-untyped-call]
+    if broken or metrics is None or not net.can_generate():
         return
     fixture = metrics.get("fixture")
     if not isinstance(fixture, dict) or not {"ids", "nll"} <= fixture.keys():

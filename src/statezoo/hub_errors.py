@@ -177,7 +177,7 @@ def _not_in_cache(error: BaseException, name: str, revision: str | None) -> str:
 
 
 def _says_missing(error: Any) -> bool:
-    return error.response.headers.get("X-Error-Code") == "RepoNotFound"
+    return bool(error.response.headers.get("X-Error-Code") == "RepoNotFound")
 
 
 def _token(token: str | bool | None) -> str | None:

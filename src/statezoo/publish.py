@@ -37,7 +37,7 @@ def publish(
         dry_run: List what would be sent, and send nothing.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     place = _find(folder)
     with explained(name, revision, write=True):
