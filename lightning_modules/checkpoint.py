@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
+import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,9 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 
+from statezoo import safety, shipped
 from statezoo.lightning_modules.lora import merge
+from statezoo.zoo.loading import check_size
 
 TOKENS_FILE = "tokenizer.json"
 KEY = "statezoo"
@@ -40,14 +45,36 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} is no checkpoint, or was cut off: take another of the run's."
         )
+    with zipfile.ZipFile(path) as opened:
+        if sum(part.file_size for part in opened.infolist()) > path.stat().st_size:
+            raise CheckpointError(
+                f"{str(path)!r} would unpack to more than it is: torch never did."
+            )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many types here, none of which says which file
         reason = str(error).strip().partition("\n")[0][:120]
         raise CheckpointError(f"{str(path)!r} is no readable checkpoint ({reason}).") from error
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{str(path)!r} is no checkpoint of a Lightning module.")
+    _check_parts(content, path)
     return content
+
+
+def _check_parts(content: Mapping[str, Any], path: Path) -> None:
+    """Raise where what we put into checkpoints is not what we put there."""
+    for key in (KEY, "hyper_parameters"):
+        if not isinstance(content.get(key, {}), Mapping):
+            raise CheckpointError(f"{str(path)!r} is refused: its {key} is no mapping.")
+    if not all(isinstance(x, torch.Tensor) for x in content["state_dict"].values()):
+        raise CheckpointError(f"{str(path)!r} is refused: its state_dict has more than tensors.")
+    tensors = sum(x.numel() * x.element_size() for x in content["state_dict"].values())
+    if tensors > 2 * path.stat().st_size:  # twice: tied weights are there once
+        raise CheckpointError(
+            f"{str(path)!r} is refused: its tensors would take {tensors:,} bytes, the file has "
+            f"{path.stat().st_size:,}."
+        )
+    safety.check_tokenizer_files(content.get(KEY, {}).get("tokenizer") or {}, path)
 
 
 def class_path(content: Mapping[str, Any], path: str | Path) -> str:
@@ -62,8 +89,75 @@ def class_path(content: Mapping[str, Any], path: str | Path) -> str:
     return found
 
 
+def task_class(content: Mapping[str, Any], path: str | Path) -> type[LightningModule]:
+    """Return the class of the module that wrote a checkpoint, and import nothing that is not ours.
+
+    Raises:
+        CheckpointError: If it is no task: one of ours, or one that the program has imported.
+    """
+    from statezoo.lightning_modules.task import Task
+
+    named = class_path(content, path)
+    module, _, name = named.rpartition(".")
+    if _is_ours(named) and find_spec(module):
+        importlib.import_module(module)
+    found = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise CheckpointError(
+            f"{str(path)!r} is of class {named!r}, which is not one of statezoo's tasks, and no "
+            "file says what is imported: import that class first, or give it by --model."
+        )
+    return found
+
+
+def settings(content: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """Return the arguments of the module that wrote a checkpoint, which are plain data.
+
+    Raises:
+        CheckpointError: If they name classes, variables or other weights, or say other sizes than
+            the network has.
+    """
+    given = dict(content.get("hyper_parameters", {}))
+    if named := next(_names(given), None):
+        raise CheckpointError(
+            f"{str(path)!r} is refused: its settings say {named[:60]!r}, and ours name no classes "
+            "or variables."
+        )
+    if _is_ours(class_path(content, path)) and given.get("pretrained") is not None:
+        raise CheckpointError(
+            f"{str(path)!r} is refused: its settings name other weights, {given['pretrained']!r}."
+        )
+    config = content[KEY].get("config", {})
+    for key in ("n_layers", "d_model", "vocab_size"):
+        if given.get(key, 0) != config.get(key, 0) and key in given and key in config:
+            raise CheckpointError(
+                f"{str(path)!r} is refused: its settings have {key} {given[key]!r}, its network "
+                f"has {config[key]!r}."
+            )
+    return given
+
+
+def _names(part: Any) -> Iterator[str]:
+    """Yield what in plain data could make something beside itself."""
+    if isinstance(part, Mapping):
+        yield from (str(key) for key in part if str(key) == "class_path")
+    if isinstance(part, Mapping | list | tuple):
+        for value in part.values() if isinstance(part, Mapping) else part:
+            yield from _names(value)
+    elif isinstance(part, str) and "${" in part:
+        yield part
+
+
+def _is_ours(named: str) -> bool:
+    """Say whether a class path is one of this package."""
+    return re.fullmatch(rf"{__package__}\.\w+\.\w+", named) is not None
+
+
 def load_checkpoint(path: str | Path, map_location: Any = None) -> LightningModule:
     """Return the module that wrote the checkpoint, with its weights, whatever its architecture.
+
+    Its class is one of ours, or one that the program has imported: nothing is imported because a
+    file says so.
 
     Args:
         path: A ``.ckpt`` file of ``statezoo fit`` or of a Trainer that fitted one of our modules.
@@ -72,11 +166,18 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> LightningModu
     Raises:
         CheckpointError: If the file is missing, unreadable or not ours.
     """
-    module, name = class_path(read(path), path).rsplit(".", 1)
-    cls = getattr(importlib.import_module(module), name)
-    loaded: LightningModule = cls.load_from_checkpoint(
-        path, map_location=map_location, weights_only=True
-    )
+    content = read(path)
+    cls, given = task_class(content, path), settings(content, path)
+    shapes = {name: tuple(x.shape) for name, x in content["state_dict"].items()}
+    try:
+        safety.check_numbers(given, len(shapes), path)
+        if _is_ours(class_path(content, path)):
+            check_size(lambda: cls(**given), shapes)
+        loaded: LightningModule = cls.load_from_checkpoint(
+            path, map_location=map_location, weights_only=True
+        )
+    except (TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
     return loaded
 
 
@@ -121,7 +222,7 @@ def pretrained_tokenizer(source: str | Path) -> dict[str, bytes]:
     Raises:
         CheckpointError: If a checkpoint cannot be read.
     """
-    path = Path(source)
+    path = Path(shipped.resolve(source))
     if path.suffix == ".ckpt":
         files: dict[str, bytes] = read(path).get(KEY, {}).get("tokenizer", {})
         return files
@@ -149,13 +250,14 @@ def check_same_tokenizer(of_weights: Mapping[str, bytes], of_data: Mapping[str, 
 
 
 def write_files(files: Mapping[str, bytes], folder: Path) -> None:
-    """Write files, by names relative to ``folder``."""
+    """Write the files of a tokenizer, all or none.
+
+    Raises:
+        ValueError: If one of them is no such file.
+    """
+    safety.check_tokenizer_files(files, folder)
     for name, content in files.items():
-        target = (folder / name).resolve()
-        if not target.is_relative_to(folder.resolve()):
-            raise CheckpointError(f"a checkpoint may not write {name!r} outside {str(folder)!r}.")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
+        (folder / name).write_bytes(content)
 
 
 def rng_state() -> dict[str, Any]:

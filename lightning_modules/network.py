@@ -12,9 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers.utils import logging
 
 import statezoo
+from statezoo import shipped
 from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.vocabulary import Vocabulary, check_vocabulary, with_vocabulary
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM, with_head
+from statezoo.zoo.loading import checked_config
 from statezoo.zoo.mixer import resolve_mixer
 from statezoo.zoo.model import StateZooPreTrainedModel
 from statezoo.zoo.tasks import TASKS
@@ -230,25 +232,37 @@ def _listed(names: list[str]) -> str:
 
 
 def load_network(source: str | Path) -> StateZooPreTrainedModel:
-    """Return the network of a checkpoint, a Hub folder or a Hub name, of the class it was saved as.
+    """Return the network of a checkpoint, a folder, a short name or a Hub name, as it was saved.
 
     Raises:
         ValueError: If the checkpoint or folder cannot be read.
     """
-    if Path(source).is_file() or str(source).endswith(".ckpt"):
-        content = ckpt.read(source)
-        ckpt.class_path(content, source)
-        config = StateZooConfig(**_own_keys(content[ckpt.KEY]["config"]))
-        name = content[ckpt.KEY].get("network", StateZooForCausalLM.__name__)
-        if name not in NETWORKS:
-            raise ckpt.CheckpointError(f"{str(source)!r} holds a {name}, which is no network here.")
-        net = NETWORKS[name](config)
-        net.load_state_dict(ckpt.network_weights(content))
-        return net
-    if not Path(source).exists() and str(source).count("/") != 1:
-        raise ckpt.CheckpointError(f"there is no checkpoint or model folder {str(source)!r}.")
+    place = shipped.resolve(source)
+    if Path(place).is_file() or place.endswith(".ckpt"):
+        return _network_of(ckpt.read(place), place)
+    if not Path(place).exists() and place.count("/") != 1:
+        raise ckpt.CheckpointError(
+            f"there is no checkpoint or model folder {place!r}{shipped.near(place)}."
+        )
     with _no_progress_bars():
-        return statezoo.load(source)
+        return statezoo.load(place)
+
+
+def _network_of(content: Mapping[str, Any], path: str) -> StateZooPreTrainedModel:
+    """Return the network of a checkpoint's content."""
+    ckpt.class_path(content, path)
+    ours = content[ckpt.KEY]
+    name, config = ours.get("network", StateZooForCausalLM.__name__), ours.get("config")
+    if name not in [*NETWORKS] or not isinstance(config, Mapping):
+        raise ckpt.CheckpointError(f"{path!r} holds a {name}, which is no network here.")
+    weights = ckpt.network_weights(content)
+    shapes = {key: tuple(x.shape) for key, x in weights.items()}
+    net = NETWORKS[name](checked_config(config, shapes, NETWORKS[name], path))
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ckpt.CheckpointError(f"{path!r}: {' '.join(str(error).split())[:300]}") from error
+    return net
 
 
 @contextmanager
@@ -261,15 +275,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _own_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what transformers adds on writing and refuses or ignores on reading."""
-    return {
-        k: v
-        for k, v in config.items()
-        if k not in ("transformers_version", "model_type", "architectures")
-    }
 
 
 def export(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -102,14 +102,18 @@ def checked_config(
         safety.refuse(place, f"num_labels is {labels}, wider than any tensor")
     try:
         made = StateZooConfig(**{key: x for key, x in config.items() if key in own})
-        check_size(kind, made, shapes)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        check_size(lambda: kind(made), shapes)
+    except (AttributeError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{place}: {' '.join(str(error).split())}") from error
     return made
 
 
-def check_size(kind: type[nn.Module], config: StateZooConfig, shapes: safety.Shapes) -> None:
+def check_size(build: Callable[[], object], shapes: safety.Shapes) -> None:
     """Build a model without its numbers, and stop where it has more of them than its file.
+
+    Args:
+        build: Makes it.
+        shapes: Those of the tensors in the file.
 
     Raises:
         ValueError: If it would be much larger than its tensors.
@@ -117,7 +121,7 @@ def check_size(kind: type[nn.Module], config: StateZooConfig, shapes: safety.Sha
     numbers = sum(math.prod(shape) for shape in shapes.values())
     limit = _limit(2 * numbers + ROOM, 2 * len(shapes) + 1024)
     with limit, torch.device("meta"), no_init_weights():
-        kind(config)
+        build()
 
 
 @contextmanager

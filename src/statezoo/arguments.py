@@ -9,11 +9,15 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
+from statezoo import shipped
 from statezoo.listing import walk
 from statezoo.parser import nearest, underscored
 
 KEYWORDS = ("best", "last", "hpc", "registry")
 """What Lightning takes for ``ckpt_path`` besides paths."""
+
+EXPORTED = ("config.json", "adapter.json")
+"""Files of folders that are no runs."""
 
 OF_DATA = ("vocab_size", "complement", "class_names")
 """Arguments of models that the command line takes from the data."""
@@ -40,7 +44,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         options.replace(name, find_config)
     for name in ("--model", "--data"):
         options.replace(name, lambda value: find_config(value) if _is_yaml(value) else value)
-    options.replace("--model.pretrained", find_weights)
+    options.replace(
+        "--model.pretrained", lambda v: v if shipped.resolve(v) != v else find_weights(v)
+    )
+    options.replace("--model.teacher", find_weights)
     first = "last" if command == "fit" else "best"
     options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v, first)))
     checkpoint = next(iter(options.values("--ckpt_path")), None)
@@ -128,9 +135,10 @@ def read_config(file: str) -> dict[str, Any]:
 
 
 def find_weights(source: str) -> str:
-    """Return the best checkpoint where the source is the folder of a run, else the source."""
+    """Return the best checkpoint of a run's folder, the place of a short name, else the source."""
+    source = shipped.resolve(source)
     folder = Path(source)
-    is_run = folder.is_dir() and not (folder / "config.json").is_file()
+    is_run = folder.is_dir() and not any((folder / name).is_file() for name in EXPORTED)
     return str(find_checkpoint(folder)) if is_run else source
 
 
@@ -155,7 +163,12 @@ def find_checkpoint(path: str | Path, first: str = "best") -> Path:
         if newest:
             return find_checkpoint(newest[-1].parent, first)
         raise ValueError(f"there is no .ckpt file in {str(path)!r}")
-    near = nearest(path.name, (f.name for f in path.parent.glob("*.ckpt")))
+    if shipped.find(path):
+        raise ValueError(
+            f"{str(path)!r} is a shipped model, and a checkpoint of a run is needed here: "
+            f"--model.pretrained {path} starts from it, and it is a Hugging Face folder already."
+        )
+    near = nearest(path.name, (f.name for f in path.parent.glob("*.ckpt"))) or shipped.near(path)
     raise ValueError(f"there is no checkpoint {str(path)!r}{near}")
 
 
@@ -191,5 +204,6 @@ def model_of(checkpoint: str) -> dict[str, Any]:
     from statezoo.lightning_modules import checkpoint as ckpt
 
     content = ckpt.read(checkpoint)
-    given = {k: v for k, v in content["hyper_parameters"].items() if k not in OF_DATA}
-    return {"class_path": ckpt.class_path(content, checkpoint), "init_args": given}
+    cls = ckpt.task_class(content, checkpoint)
+    given = {k: v for k, v in ckpt.settings(content, checkpoint).items() if k not in OF_DATA}
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": given}

@@ -11,19 +11,25 @@ from statezoo.card import card
 from statezoo.evaluate import evaluate
 from statezoo.explain import explain
 from statezoo.linearize import linearize
-from statezoo.listing import aligned, listing
+from statezoo.listing import aligned, listing, pretrained_listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
+from statezoo.publish import publish
 from statezoo.score import score
 
 
-def list_parts(pattern: str = "*") -> None:
+def list_parts(pattern: str = "*", *, pretrained: bool | str = False) -> None:
     """List architectures with their presets and sizes, data modules and other configs.
 
     Args:
         pattern: Show names that match, such as ``gla*``.
+        pretrained: Show the models that are trained instead, all or those whose names match this.
     """
-    sys.stdout.write(listing(pattern) + "\n")
+    if pretrained:
+        text = pretrained_listing(pattern if pretrained is True else str(pretrained))
+    else:
+        text = listing(pattern)
+    sys.stdout.write(text + "\n")
 
 
 def train_tokenizer(*paths: str, out: str, vocab_size: int = 4096) -> None:
@@ -100,7 +106,8 @@ def generate(
     Args:
         prompt: Text to go on from.
         ckpt: Checkpoint, folder of a run, or exported folder.
-        model: Exported folder or name on the Hub, instead of ``ckpt``.
+        model: Exported folder, name on the Hub, or short name of a model that we ship (see
+            ``statezoo list --pretrained``), instead of ``ckpt``.
         max_new_tokens: Tokens to write.
         seed: The same seed gives the same text.
         temperature: 0 takes the likeliest token, 1 draws from the model's probabilities.
@@ -140,9 +147,15 @@ def convert(
     """
     from pathlib import Path
 
+    from statezoo import shipped
+    from statezoo.download import local
     from statezoo.zoo import convert as converter
 
-    place = Path(source) if Path(source).is_dir() else converter.fetch(source)
+    place = local(shipped.resolve(source))
+    if not Path(place).is_dir():
+        raise FileNotFoundError(
+            f"{source} is not a folder, and no Hub id is written like this{shipped.near(source)}."
+        )
     report = converter.convert(place, folder, to)
     sys.stdout.write(f"{report}\nwrote {folder}\n")
 
@@ -152,6 +165,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "export": export,
     "convert": convert,
+    "publish": publish,
     "score": score,
     "evaluate": evaluate,
     "explain": explain,

@@ -29,7 +29,8 @@ def explain(
     """Draw decay, writes, memory length, routes and attention of a model on an input.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder, or name on the Hub.
+        model: Checkpoint, folder of a run, exported folder, name on the Hub, or short name of a
+            model that we ship.
         out: Folder to write: decay, write, memory, router and attention, as far as the model has
             them, each as .png with its numbers as .npz, and summary.csv.
         input: Text, music (.mid, .musicxml, .abc) or FASTA, whichever the model reads.

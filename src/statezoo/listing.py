@@ -1,14 +1,18 @@
-"""What ``statezoo list`` shows, read off the sources and shipped configs without torch."""
+"""What ``statezoo list`` shows, read off sources, shipped configs and metrics without torch."""
 
 from __future__ import annotations
 
 import ast
 import fnmatch
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from typing import Any
+
+from statezoo import shipped
 
 SIZE = re.compile(r"_(tiny|small|\d+m)$")
 STATEMENT = re.compile(
@@ -18,6 +22,9 @@ STATEMENT = re.compile(
 """Second line of every preset; tests/zoo/test_presets.py holds it against the model."""
 WIDTH = 100
 COLUMNS = ("preset", "parameters", "vocabulary", "state a sequence (float32)", "trains on")
+TRAINED = ("model", "trained on", "parameters", "file", "held out", "transformer", "state")
+TWIN = "transformer"
+"""Family of the softmax models that the others are compared with."""
 NAMES = {"Attention": "Transformer"}
 """Modules whose names are not those of their mixers' classes."""
 
@@ -85,9 +92,14 @@ def listing(pattern: str = "*") -> str:
         rows = sorted((name, what) for name, what in found if fits(pattern, name))
         if rows:
             lines = aligned([(f"  {name}", what) for name, what in rows])
-            text += [title, *(x if len(x) <= WIDTH else f"{x[: WIDTH - 3]}..." for x in lines), ""]
+            text += [title, *(shortened(line, WIDTH) for line in lines), ""]
     if not text:
-        raise ValueError(f"nothing is called {pattern!r}: statezoo list shows all names.")
+        raise ValueError(
+            f"nothing is called {pattern!r}: statezoo list shows all names, statezoo list "
+            "--pretrained those of trained models."
+        )
+    if pattern == "*":
+        text.append(f"statezoo list --pretrained shows the {len(shipped.names())} trained models")
     return "\n".join(text)
 
 
@@ -104,6 +116,74 @@ def table(presets: Sequence[Preset]) -> list[str]:
         about = [x for x in (first.title, first.paper) if x and x != first.model]
         text += [f"{first.model}  {', '.join(about)}", *(lines.pop(0) for _ in group)]
     return [*text, ""] if groups else []
+
+
+def pretrained_listing(pattern: str = "*") -> str:
+    """Compose the table of the trained models whose name fits, in at most 100 columns.
+
+    Their numbers are those of ``metrics.json``: the first result on the test split, that of the
+    transformer trained beside on the same data, and the state of one sequence.
+
+    Raises:
+        ValueError: If there is no such model.
+    """
+    found = [name for name in shipped.names() if fits(pattern, name)]
+    if not found:
+        raise ValueError(
+            f"no trained model is called {pattern!r}{shipped.near(pattern)}: "
+            "statezoo list --pretrained shows all names."
+        )
+    rows = [trained(name) for name in found]
+    widths = [max(map(len, column)) for column in zip(TRAINED, *rows, strict=True)]
+    spare = WIDTH - sum(widths) - 2 * (len(widths) - 1)
+    if spare < 0:
+        rows = [(r[0], shortened(r[1], max(widths[1] + spare, 12)), *r[2:]) for r in rows]
+    use = f'statezoo.load("{found[0]}"), --model {found[0]}, --model.pretrained {found[0]}'
+    return "\n".join([*aligned([TRAINED, *rows]), "", shortened(use, WIDTH)])
+
+
+def trained(name: str) -> tuple[str, ...]:
+    """Return the cells of a trained model, as far as its ``metrics.json`` says."""
+    said = metrics(name)
+    if not said:
+        return (name, f"on the Hub, as {shipped.ORGANISATION}/{name}", "", "", "", "", "")
+    model = said.get("model", {})
+    state = model.get("state_bytes")
+    family, _, corpus = name.partition("-")
+    twin = "" if family == TWIN else headline(metrics(f"{TWIN}-{corpus}"))
+    return (
+        name,
+        str(said.get("data", {}).get("name", "")),
+        f"{model['parameters'] / 1e6:.2f} M" if "parameters" in model else "",
+        f"{model['bytes'] / 1e6:.1f} MB" if "bytes" in model else "",
+        headline(said),
+        twin.partition(" ")[0],
+        "" if state is None else f"{state / 1e3:.1f} kB",
+    )
+
+
+def metrics(name: str) -> dict[str, Any]:
+    """Read what was measured of a trained model; nothing where that is not here or unreadable."""
+    try:
+        said = json.loads((shipped.root() / name / shipped.METRICS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def headline(said: dict[str, Any]) -> str:
+    """Return the result that stands for a model, with its unit: bits per unit, else nats."""
+    unit, results = said.get("unit", "token"), said.get("results", {})
+    for split in ("test", "val"):
+        for key, measure in ((f"bits_per_{unit}", "bits"), ("nll", "nats")):
+            if (value := results.get(f"{split}/{key}")) is not None:
+                return f"{value:.3f} {measure}/{unit}"
+    return ""
+
+
+def shortened(text: str, width: int) -> str:
+    """Cut a text that is longer than ``width``, and show that it was."""
+    return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
 def aligned(rows: Iterable[Sequence[str]]) -> list[str]:

@@ -148,7 +148,7 @@ def command_parser(run: Callable[..., Any], program: str) -> ArgumentParser:
     parser = FriendlyErrors(prog=program, description=text.short_description, exit_on_error=True)
     for name, parameter in inspect.signature(run, eval_str=True).parameters.items():
         about: dict[str, Any] = {"type": parameter.annotation, "help": helps.get(name)}
-        if parameter.annotation is bool:
+        if parameter.annotation in (bool, bool | str):
             about |= {"nargs": "?", "const": True}  # --png is --png true
         if parameter.annotation in (list[str], list[str] | None):
             about |= {"type": str, "nargs": "+"}

@@ -358,14 +358,12 @@ def test_from_the_hub(tmp_path, monkeypatch):
         asked.append((name, any("bin" in pattern for pattern in allow_patterns), kwargs))
         return str(folder)
 
-    def config_dict(name, **kwargs):
-        return config, {}
-
-    monkeypatch.setattr("statezoo.zoo.convert.files.snapshot_download", download)
-    monkeypatch.setattr("statezoo.zoo.StateZooConfig.get_config_dict", config_dict)
-    assert_same_logits(statezoo.load("state-spaces/mamba-130m", revision="v1"), want)
-    name, hub = "state-spaces/mamba-130m", {"revision": "v1"}
-    assert asked == [(name, False, hub), (name, True, hub)]
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("statezoo.download._ask", lambda *asked: None)
+    name = "state-spaces/mamba-130m"
+    assert_same_logits(statezoo.load(name, revision="v1"), want)
+    first, then = ({"revision": x, "token": None} for x in ("v1", folder.name))  # of one commit
+    assert asked == [(name, False, first), (name, False, then), (name, True, then)]
 
 
 def test_convert_command(tmp_path, capsys):

@@ -71,7 +71,7 @@ def load(folder: str | Path, **kwargs: Any) -> tuple[StateZooForCausalLM, Report
     try:
         new = StateZooConfig(**convert_kind(settings, tensors))
         settings.finish()
-        check_size(StateZooForCausalLM, new, found)
+        check_size(lambda: StateZooForCausalLM(new), found)
         state = tensors.finish(shapes(new))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error

@@ -79,7 +79,7 @@ def bench(
             per network and seed.
         tasks: Names of data sets, with * and ?, separated by commas.
         mixers: Architectures to compare, separated by commas; + joins those of a hybrid.
-        model: Checkpoint, folder of a run, Hub folder or Hub name to fine-tune instead.
+        model: Checkpoint, folder of a run, Hub folder, Hub name or short name to fine-tune instead.
         seeds: Runs of each; a seed draws weights, order and, where none is given, the validation.
         steps: Optimiser steps; 0 chooses by the size of the data.
         d_model: Width of the stream of tokens.

@@ -25,7 +25,7 @@ def score_variants(
     """Write how much likelier a model finds each alternate allele of a VCF than the reference.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder, or name on the Hub.
+        model: Checkpoint, folder of a run, exported folder, name on the Hub, or short name.
         vcf: Variants, plain, gzip or bgzip.
         genome: FASTA of the same assembly.
         out: File to write: .vcf, .vcf.gz, .csv or .tsv; the same command again goes on after a
@@ -68,7 +68,7 @@ def embed(
     """Write one vector per sequence or region as parquet.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder, or name on the Hub.
+        model: Checkpoint, folder of a run, exported folder, name on the Hub, or short name.
         out: Parquet file to write; the same command again goes on after a kill.
         fasta: Sequences.
         bed: Regions of the genome, instead of sequences.
@@ -105,7 +105,7 @@ def perplexity(
     """Write how surprising every base is as a track for genome browsers.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder, or name on the Hub.
+        model: Checkpoint, folder of a run, exported folder, name on the Hub, or short name.
         genome: FASTA.
         out: File to write, .bedGraph or .bedGraph.gz; the same command again goes on after a kill.
         bed: Regions to score, BED or GFF; default everything.
@@ -147,7 +147,7 @@ def generate(
     """Write new sequences as FASTA; nothing but A, C, G and T is drawn.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder, or name on the Hub.
+        model: Checkpoint, folder of a run, exported folder, name on the Hub, or short name.
         out: File to write, .fa or .fa.gz; the same command again goes on after a kill.
         prompt: Bases to go on from.
         n: Sequences.
@@ -183,7 +183,7 @@ def mutagenesis(
     """Write what every other base in every place would change, as a table and heat maps.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder, or name on the Hub.
+        model: Checkpoint, folder of a run, exported folder, name on the Hub, or short name.
         out: CSV to write, pictures beside it; the same command again goes on after a kill.
         fasta: Sequences.
         region: Part of the genome, such as chr1:100-200, instead of sequences.

@@ -31,7 +31,7 @@ def continue_prompt(
     """Write bars that go on from the first bars of a file: 1.mid, 1.png and so on.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder or Hub name, trained on Music.
+        model: Checkpoint, folder of a run, exported folder, Hub or short name, trained on Music.
         prompt: MIDI, MusicXML or ABC file; its notes are kept as they are.
         out_dir: Folder for the .mid files, piano rolls and their numbers.
         prompt_bars: Bars of the file to go on from.
@@ -126,7 +126,7 @@ def harmonise_melody(
     """Write alto, tenor and bass below a melody, or measure how well a model does.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder or Hub name, with satb tokens.
+        model: Checkpoint, folder of a run, exported folder, Hub or short name, with satb tokens.
         melody: MIDI, MusicXML or ABC file with the soprano alone; kept as it is.
         out: MIDI file to write.
         voices: SATB, the four voices that these models know.
@@ -189,7 +189,7 @@ def infill_song(
     """Write some bars of some tracks anew; all other notes stay as they are in the file.
 
     Args:
-        model: Checkpoint, folder of a run, exported folder or Hub name, trained on Music.
+        model: Checkpoint, folder of a run, exported folder, Hub or short name, trained on Music.
         input: MIDI, MusicXML or ABC file; four voices for a model with satb tokens.
         tracks: Tracks to write, by number from 1 or by name, such as 1,Bass.
         bars: First and last bar to write, counted from 1, such as 9:12.
