@@ -16,14 +16,19 @@ usage: statezoo COMMAND [settings]
   validate    score a checkpoint: statezoo validate --ckpt_path runs/.../best.ckpt --data Text
   test        the same on the test split
   predict     write what a model says of each sequence to predictions.csv
-  generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
+  generate    continue a prompt:  statezoo generate --model gla-novels --prompt "It was"
+  score       nats and bits per byte of texts
+  evaluate    run tasks of lm-evaluation-harness
   explain     draw decay, writes, memory length and attention on an input
   export      write a checkpoint as a Hugging Face folder
   convert     read a public checkpoint of another library, or write Mamba for transformers
+  linearize   turn a Llama, Mistral or Qwen into a model with a recurrent state
+  card        make a run a Hub folder with its numbers, a sample and a model card
+  publish     send such a folder to the Hub
   tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER
   dna         variants, embeddings, tracks, sequences, benchmarks: statezoo dna --help
   music       continue, infill, harmonise, evaluate, draw, render: statezoo music --help
-  list        architectures, data and shipped configs
+  list        architectures, data, shipped configs; --pretrained: shipped weights
 
   statezoo COMMAND --help                 settings of a command
   statezoo fit --model.help GLA           settings of an architecture
