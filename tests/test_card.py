@@ -375,7 +375,8 @@ def test_mistakes_in_what_is_said(capsys, text, message):
 def test_masked_models_are_refused(capsys):
     Path("short.fa").write_text(">a\n" + "ACGTTGCA" * 60)
     data = ["--data", "DNA", "--data.path", "short.fa", "--data.objective", "masked"]
-    main(["fit", "--model", "MaskedLM", *data, "--data.seq_len", "32", *FIT, "--name", "masked"])
+    data += ["--data.seq_len", "32", "--model.mixers", "[gla]"]
+    main(["fit", "--model", "MaskedLM", *data, *FIT, "--name", "masked"])
     said = failure(capsys, "runs/masked", "out")
     assert "card describes language models" in said
     assert "is a MaskedLM: statezoo export writes its folder" in said

@@ -99,8 +99,8 @@ def _measured(run: str, target: Path, about: About, name: str) -> dict[str, Any]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".card-") as place:
         folder = Path(place)
         dtype = measure.lightest(opened)
-        net = load_network(opened.checkpoint).to(dtype)
-        export(net, folder, opened.module.tokenizer_files or _tokenizer(opened))
+        net: Any = load_network(opened.checkpoint)
+        export(net.to(dtype), folder, opened.module.tokenizer_files or _tokenizer(opened))
         _load_as_float32(folder / "config.json")
         settings = yaml.safe_dump(portable(opened.config, name), sort_keys=False)
         (folder / "config.yaml").write_text(settings, encoding="utf-8")
@@ -179,10 +179,6 @@ def _write(target: Path, metrics: dict[str, Any], rivals: list[dict[str, Any]]) 
 
 def _warn(target: Path) -> None:
     """Say what ``statezoo publish`` would refuse."""
-    from importlib.util import find_spec
-
-    if find_spec("statezoo.folder") is None:
-        return
     from statezoo.folder import check_folder
 
     for line in check_folder(target):

@@ -81,7 +81,7 @@ def read_about(file: str) -> About:
         if value is not None and not isinstance(value, wanted):
             kind = "a list" if wanted is list else "text"
             raise ValueError(f"{file!r}: {key} must be {kind}, got {value!r}.")
-    settled = {
+    settled: dict[str, Any] = {
         key: tuple(map(str, value)) if key in LISTS else " ".join(value.split())
         for key, value in content.items()
         if value

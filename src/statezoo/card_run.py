@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from statezoo.arguments import find_checkpoint, read_config
 from statezoo.listing import walk
@@ -40,7 +40,7 @@ class Run:
     data: Any
 
     @property
-    def split(self) -> str:
+    def split(self) -> Literal["test", "val"]:
         """The split that is held out from everything, else the one that chose the weights."""
         windows = getattr(self.data, "windows", None)
         return "test" if windows is None or windows("test") is not None else "val"
@@ -165,7 +165,7 @@ def training(run: Run, name: str, hardware: str | None) -> dict[str, Any]:
 
     best = int(ckpt.read(run.checkpoint)["global_step"])
     file, trainer = run.folder / FACTS_FILE, run.config.get("trainer") or {}
-    facts = {
+    facts: dict[str, Any] = {
         "command": command_of(run.config, name),
         "steps": int(ckpt.read(find_checkpoint(run.folder, "last"))["global_step"]),
         "best_step": best,
@@ -200,7 +200,7 @@ def _tokens(run: Run, steps: int) -> int | None:
     changed = "LengthWarmup" in json.dumps(trainer.get("callbacks"))
     if changed or not hasattr(loader, "read") or batches > LONGEST_REPLAY:
         return None
-    return sum(batch["tokens"].numel() for batch in loader.read(range(batches)))
+    return sum(int(batch["tokens"].numel()) for batch in loader.read(range(batches)))
 
 
 def _by_files(folder: Path) -> float | None:
