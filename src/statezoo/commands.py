@@ -61,11 +61,14 @@ def extend_tokenizer(base: str, *, tokens: str, out: str) -> None:
         tokens: New symbols, with commas between.
         out: Folder to write; ``--data.tokenizer FOLDER --model.vocabulary extend`` uses it.
     """
+    from pathlib import Path
+
     from statezoo.arguments import find_weights
     from statezoo.datamodules.extending import extend_tokenizer as extend
     from statezoo.datamodules.tokenizers import load_tokenizer
 
-    found = load_tokenizer(find_weights(base))
+    has = (Path(base) / "tokenizer.json").is_file()
+    found = load_tokenizer(base if has else find_weights(base))
     tokenizer = extend(found, [token.strip() for token in tokens.split(",")])
     tokenizer.save(out)
     sys.stdout.write(

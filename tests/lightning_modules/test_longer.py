@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from statezoo.lightning_modules import CausalLM, architectures, export, load_network
+from statezoo.lightning_modules import (
+    CausalLM,
+    apply_adapter,
+    architectures,
+    export,
+    load_network,
+    save_adapter,
+)
 from statezoo.main import main
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
@@ -79,3 +86,12 @@ def test_a_hybrid_reads_four_times_the_length(tmp_path, monkeypatch):
     assert all(torch.equal(short[name], new[name]) for name in short)  # at a rate of 0
     for config in (json.loads((long / "export/config.json").read_text()), ends[1].config.to_dict()):
         assert [m.get("rope_base") for m in config["mixers"]] == [None, 42000]
+
+
+def test_an_adapter_brings_the_base_along(tmp_path):
+    net, source = base(tmp_path / "base", ["gla", "attention"])
+    task = CausalLM(**SHAPE, pretrained=source, attention={"rope_base": 5e4}, tune="state")
+    folder = save_adapter(task, tmp_path / "adapter")
+    found = apply_adapter(net, folder)
+    assert found.config.mixers[1]["rope_base"] == 5e4
+    torch.testing.assert_close(found.eval()(IDS).logits, task.net.eval()(IDS).logits)

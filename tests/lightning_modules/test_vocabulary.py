@@ -57,7 +57,7 @@ def test_new_keeps_the_layers_alone(size, tie, tmp_path):
         name for name in new if new[name].shape == old[name].shape and new[name].equal(old[name])
     }
     assert same == new.keys() - {"model.embeddings.weight", "lm_head.weight"}
-    assert abs(float(made.model.embeddings.weight.std()) - 0.02) < 0.006  # initializer_range
+    assert abs(float(new["model.embeddings.weight"].std()) - 0.02) < 0.006  # initializer_range
     assert made.config.eos_token_id is None
 
 
