@@ -10,13 +10,15 @@ from statezoo.lightning_modules.adapter import apply_adapter, save_adapter
 from statezoo.lightning_modules.architectures import ARCHITECTURES, Hybrid, architecture
 from statezoo.lightning_modules.causal_lm import CausalLM
 from statezoo.lightning_modules.checkpoint import CheckpointError, load_checkpoint
-from statezoo.lightning_modules.classify import SequenceClassifier
+from statezoo.lightning_modules.classify import MultiLabelClassifier, SequenceClassifier
 from statezoo.lightning_modules.length_warmup import LengthWarmup
 from statezoo.lightning_modules.linearize import Linearize
 from statezoo.lightning_modules.masked_lm import MaskedLM
 from statezoo.lightning_modules.network import export, export_checkpoint, load_network
 from statezoo.lightning_modules.note_frames import NoteFrames
 from statezoo.lightning_modules.optim import Optim
+from statezoo.lightning_modules.regress import Regressor
+from statezoo.lightning_modules.tag import TokenClassifier
 from statezoo.lightning_modules.task import Task
 from statezoo.lightning_modules.tuning import Adapter
 
@@ -29,10 +31,13 @@ __all__ = [
     "LengthWarmup",
     "Linearize",
     "MaskedLM",
+    "MultiLabelClassifier",
     "NoteFrames",
     "Optim",
+    "Regressor",
     "SequenceClassifier",
     "Task",
+    "TokenClassifier",
     "apply_adapter",
     "architecture",
     "export",

@@ -18,12 +18,13 @@ from statezoo.lightning_modules.lora import NAME, peft_config, projections
 from statezoo.lightning_modules.network import NETWORKS
 from statezoo.lightning_modules.task import Task
 from statezoo.lightning_modules.tuning import learn_initial_states, own_head
-from statezoo.zoo.tasks import with_head
+from statezoo.zoo.tasks import TASKS, with_head
 
 INFO, CONFIG, WEIGHTS = "adapter.json", "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts before the names of tensors."""
-CHANGES = ("bidirectional", "tie_directions", "complement", "id2label", "problem_type", "pooling")
+LABELS = ("id2label", "problem_type", "label_scale")
+CHANGES = ("bidirectional", "tie_directions", "complement", "pooling", "mixers", *LABELS)
 """Keys of the configuration that a run may set otherwise than its base."""
 NEEDED = ("kind", "base", "base_fingerprint", "network", "config")
 """What ``adapter.json`` must say."""
@@ -185,7 +186,7 @@ def _for_its_task(net: Any, info: Mapping[str, Any]) -> Any:
     changes = {key: value for key, value in wanted.items() if value != has.get(key)}
     if type(net) is kind and not changes:
         return copy.deepcopy(net)
-    if kind.__name__ != "StateZooForSequenceClassification":
-        changes = {k: v for k, v in changes.items() if k not in ("id2label", "problem_type")}
+    if kind in (TASKS["causal"], TASKS["masked"]):
+        changes = {k: v for k, v in changes.items() if k not in LABELS}
     labels = "id2label" in changes and type(net) is kind
     return with_head(net.model if labels else net, kind, **changes)[0]

@@ -1,11 +1,11 @@
-"""Means over all that is scored, bits of information, and correlations, as torchmetrics."""
+"""Means over all that is scored, bits of information, and the rows of a split, as torchmetrics."""
 
 import math
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.utilities import dim_zero_cat
 
 
 class PerCount(Metric):
@@ -36,23 +36,27 @@ class PerCount(Metric):
         return (self.scale * self.total / self.count).float()
 
 
-class Matthews(MulticlassConfusionMatrix):
-    r"""Matthews' correlation coefficient of labels and predicted classes, exact over batches.
+class Rows(Metric):
+    """All labels and answers of a split, from all processes, as scores of the whole need them.
 
-    .. math:: R = \frac{\mathrm{cov}(y, \hat y)}
-        {\sqrt{\mathrm{cov}(y, y) \, \mathrm{cov}(\hat y, \hat y)}}
-
-    over one-hot vectors. It is 0, as scikit-learn has it, where labels or predictions are all the
-    same class; torchmetrics' own coefficient is another number there.
-
-    Source: Gorodkin, Comparing two K-category assignments by a K-category correlation coefficient,
-    2004, eq. 8.
+    Torchmetrics' own scores differ from what a small split needs: the area under a ROC curve takes
+    an absent class for 0, R2 refuses a single row, and none can weigh rows, as the bootstrap does.
     """
 
-    def compute(self) -> Tensor:
-        """Return the coefficient, in [-1, 1]."""
-        counts: Tensor = super().compute().double()
-        n, labels, said = counts.sum(), counts.sum(1), counts.sum(0)
-        both = counts.trace() * n - labels @ said
-        norm = ((n**2 - labels @ labels) * (n**2 - said @ said)).sqrt()
-        return torch.where(norm > 0, both / norm.clamp(min=1e-300), norm).float()
+    full_state_update = False
+    labels: list[Tensor]
+    answers: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("labels", [], dist_reduce_fx="cat")
+        self.add_state("answers", [], dist_reduce_fx="cat")
+
+    def update(self, labels: Tensor, answers: Tensor) -> None:
+        """Add the rows of a batch, ``[n ...]`` both; there may be none."""
+        self.labels.append(labels.detach())
+        self.answers.append(answers.detach())
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return all labels and answers."""
+        return dim_zero_cat(self.labels), dim_zero_cat(self.answers)

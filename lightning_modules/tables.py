@@ -1,10 +1,11 @@
-"""Tables that a run writes: predictions, and which classes are taken for which."""
+"""The table of predictions that a run writes."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,25 @@ from torch import Tensor
 
 from statezoo.datamodules.batch import IGNORE
 from statezoo.lightning_modules.callbacks import run_folder
-from statezoo.lightning_modules.classify import SequenceClassifier
+from statezoo.lightning_modules.labelled import LabelTask
+
+Row = tuple[int, list[Any]]
+"""The number of a sequence in its batch, and what there is to say of it."""
 
 
 class WritePredictions(Callback):
     """Write what a model predicts as a CSV file, batch by batch, in the order of the data.
 
-    Of a language model: scored tokens of each sequence and their nats. Of a classifier: id (the
-    number of the sequence where it has none), label if known, predicted class and the probability
-    of each class. Several processes write a file each.
+    Of a language model: scored tokens of each sequence and their nats. Of the tasks with labels a
+    row per sequence: id (its number where it has none), label if known, and what is predicted:
+
+    * of classes: the likeliest one, and the probability of each;
+    * of several labels: those of a probability above 1/2, joined by ``;``, and that of each;
+    * of numbers: each in its own units, ``label_NAME`` and ``predicted_NAME``;
+    * of tags, a row per token: its ``position`` in the sequence, from 0, the likeliest tag and the
+      probability of each.
+
+    Several processes write a file each.
 
     Args:
         out: The file; default ``predictions.csv`` in the run's folder.
@@ -53,15 +64,18 @@ class WritePredictions(Callback):
         """Write the rows of a batch."""
         if not isinstance(outputs, dict):
             return
-        if "probabilities" in outputs:
-            names: Any = pl_module.class_names
-            header = ["id", *(["label"] if "labels" in batch else []), "predicted"]
-            rows = _class_rows(outputs["probabilities"], batch, names, self._count)
-            self._write([*header, *(f"p_{name}" for name in names)], rows)
+        if isinstance(pl_module, LabelTask):
+            head, rows = label_rows(pl_module, outputs, batch)
+            known = ["labels" in batch or not name.startswith("label") for name in head]
+            names, seen = batch.get("ids"), self._count
+            self._write(
+                ["id", *compress(head, known)],
+                ([names[i] if names else seen + i, *compress(row, known)] for i, row in rows),
+            )
+            self._count += _number_of_sequences(batch)
         elif "nll" in outputs:
-            header = ["batch", "sequence", "tokens", "nll_nats", "nll_per_token"]
-            rows = _token_rows(outputs, batch.get("cu_seqlens"), batch_idx)
-            self._write(header, rows)
+            head = ["batch", "sequence", "tokens", "nll_nats", "nll_per_token"]
+            self._write(head, _nats_rows(outputs, batch.get("cu_seqlens"), batch_idx))
 
     def _write(self, header: list[str], rows: Iterator[list[Any]]) -> None:
         if self._writer is None:
@@ -70,9 +84,7 @@ class WritePredictions(Callback):
             self._file = self._open.enter_context(self.path.open("w", newline="", encoding="utf-8"))
             self._writer = csv.writer(self._file)
             self._writer.writerow(header)
-        for row in rows:
-            self._writer.writerow(row)
-            self._count += 1
+        self._writer.writerows(rows)
         self._file.flush()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,20 +99,65 @@ class WritePredictions(Callback):
         self._open.close()
 
 
-def _class_rows(
-    probabilities: Tensor, batch: Any, names: list[str], count: int
-) -> Iterator[list[Any]]:
-    """Compose the rows of classified sequences, of which ``count`` came before."""
-    labels = batch["labels"].tolist() if "labels" in batch else None
-    for i, (best, row) in enumerate(
-        zip(probabilities.argmax(-1).tolist(), probabilities.tolist(), strict=True)
-    ):
-        name = batch["ids"][i] if "ids" in batch else count + i
-        label = [] if labels is None else ["" if labels[i] == IGNORE else names[labels[i]]]
-        yield [name, *label, names[best], *(f"{p:.6g}" for p in row)]
+def label_rows(
+    task: LabelTask, outputs: dict[str, Tensor], batch: Any
+) -> tuple[list[str], Iterator[Row]]:
+    """Return the head and the rows of what a task with labels predicts of a batch."""
+    names, labels = task.class_names, batch.get("labels")
+    if task.kind == "number":
+        head = [f"{what}_{name}" for what in ("label", "predicted") for name in names]
+        return head, _number_rows(outputs["predictions"], labels)
+    head, p = ["label", "predicted", *(f"p_{name}" for name in names)], outputs["probabilities"]
+    if task.kind == "class":
+        return head, _class_rows(p, labels, names)
+    if task.kind == "classes":
+        return head, _labels_rows(p, labels, names)
+    return ["position", *head], _tag_rows(p, labels, batch, names)
 
 
-def _token_rows(
+def _number_of_sequences(batch: Any) -> int:
+    packed = batch.get("cu_seqlens")
+    return len(batch["tokens"]) if packed is None else len(packed) - 1
+
+
+def _class_rows(p: Tensor, labels: Tensor | None, names: list[str]) -> Iterator[Row]:
+    known = [IGNORE] * len(p) if labels is None else labels.tolist()
+    for i, (row, label) in enumerate(zip(p.tolist(), known, strict=True)):
+        true = "" if label == IGNORE else names[label]
+        yield i, [true, names[row.index(max(row))], *(f"{x:.6g}" for x in row)]
+
+
+def _labels_rows(p: Tensor, labels: Tensor | None, names: list[str]) -> Iterator[Row]:
+    known = (torch.full_like(p, torch.nan) if labels is None else labels).tolist()
+    for i, (row, label) in enumerate(zip(p.tolist(), known, strict=True)):
+        true, said = (";".join(compress(names, (x > 0.5 for x in xs))) for xs in (label, row))
+        yield i, [true, said, *(f"{x:.6g}" for x in row)]
+
+
+def _number_rows(said: Tensor, labels: Tensor | None) -> Iterator[Row]:
+    known = (torch.full_like(said, torch.nan) if labels is None else labels).tolist()
+    for i, (row, label) in enumerate(zip(said.tolist(), known, strict=True)):
+        true = ("" if x != x else f"{x:.8g}" for x in label)
+        yield i, [*true, *(f"{x:.8g}" for x in row)]
+
+
+def _tag_rows(p: Tensor, labels: Tensor | None, batch: Any, names: list[str]) -> Iterator[Row]:
+    """Go through the tokens of each sequence of a batch, or of a pack."""
+    known = torch.full(p.shape[:2], IGNORE) if labels is None else labels
+    mask, bounds = batch.get("attention_mask"), batch.get("cu_seqlens")
+    if bounds is not None:
+        lengths = torch.diff(bounds).tolist()
+        parts: Any = zip(p[0].split(lengths), known[0].split(lengths), strict=True)
+    elif mask is not None:
+        parts = ((x[m], y[m]) for x, y, m in zip(p, known, mask.bool(), strict=True))
+    else:
+        parts = zip(p, known, strict=True)
+    for i, (some, tags) in enumerate(parts):
+        for place, row in _class_rows(some, tags, names):
+            yield i, [place, *row]
+
+
+def _nats_rows(
     outputs: dict[str, Tensor], bounds: Tensor | None, batch_idx: int
 ) -> Iterator[list[Any]]:
     """Compose the rows of sequences: those of a batch, or the parts of a packed one."""
@@ -110,49 +167,3 @@ def _token_rows(
     for number, (nll, scored) in enumerate(zip(*parts, strict=True)):
         tokens, nats = int(scored.sum()), float(nll.sum())
         yield [batch_idx, number, tokens, nats, nats / max(tokens, 1)]
-
-
-class ConfusionTable(Callback):
-    """Write ``confusion.csv`` and ``confusion.png`` of a classifier's last validation.
-
-    Rows are the true classes, columns the predicted ones, cells numbers of sequences.
-    """
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, where the model is a classifier that has been validated."""
-        if not isinstance(pl_module, SequenceClassifier) or not pl_module.confusion.update_called:
-            return
-        counts, folder = pl_module.confusion.compute().tolist(), run_folder(trainer)  # of all
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "confusion.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["label", *(f"predicted {name}" for name in pl_module.class_names)])
-            writer.writerows(
-                [name, *row] for name, row in zip(pl_module.class_names, counts, strict=True)
-            )
-        draw_confusion(counts, pl_module.class_names, folder / "confusion.png")
-
-
-def draw_confusion(counts: list[list[int]], names: list[str], target: Path) -> None:
-    """Draw numbers of sequences by true (rows) and predicted class, shaded by row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    size = 2.5 + 0.6 * len(names)
-    figure = Figure(figsize=(size, size), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shares = [[n / max(sum(row), 1) for n in row] for row in counts]
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=45, ha="right")
-    axes.set_yticks(ticks, names)
-    axes.set(xlabel="predicted", ylabel="label")
-    if len(names) <= 20:
-        for i, row in enumerate(counts):
-            for j, n in enumerate(row):
-                color = "white" if shares[i][j] > 0.5 else "black"
-                axes.text(j, i, str(n), ha="center", va="center", color=color, fontsize=8)
-    figure.savefig(target, dpi=120)

@@ -277,8 +277,10 @@ def with_head(
     """
     config = net.config.to_dict()
     ours = [*net.config.own_keys(), *LABELS]
-    names = {"num_labels", "id2label", "label2id", "label_scale"}
+    names = {"num_labels", "id2label", "label2id"}
     stale = names if changes.keys() & names else set()  # other labels have other names
+    if stale and changes.get("id2label") != net.config.id2label:
+        stale |= {"label_scale"}  # other numbers have other units
     kept = {key: config[key] for key in ours if key in config and key not in stale}
     new = kind(StateZooConfig(**{**kept, **changes}))
     prefix = "model." if isinstance(net, StateZooModel) else ""

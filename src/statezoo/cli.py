@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import statezoo.datamodules as datamodules
 import statezoo.lightning_modules as lightning_modules
 from statezoo import arguments as args_
-from statezoo.lightning_modules import callbacks, checkpoint, tables
+from statezoo.lightning_modules import callbacks, checkpoint, report, tables
 from statezoo.main import RUN
 from statezoo.parser import FriendlyErrors, fail
 
@@ -42,7 +42,7 @@ TRAINER = {
     "use_distributed_sampler": False,
 }
 
-INNER = {"OneMixer", "TokenTask"}
+INNER = {"LabelTask", "OneMixer", "TokenTask"}
 """Names of models that are bases of others alone."""
 
 CONTINUES = {
@@ -233,7 +233,7 @@ class StateZooCLI(LightningCLI):
         given = list(given) if isinstance(given, list) else [given]
         if config.get("enable_checkpointing") is False or config.get("fast_dev_run"):
             extra = []
-        extra += [*callbacks.recorders(), tables.ConfusionTable()]
+        extra += [*callbacks.recorders(), report.EvaluationReport()]
         if self.subcommand == "predict":
             self.predictions = tables.WritePredictions(self.config[self.subcommand].out)
             extra.append(self.predictions)

@@ -17,8 +17,8 @@ from statezoo.lightning_modules import (
     load_checkpoint,
     load_network,
 )
-from statezoo.lightning_modules.metrics import Matthews
-from statezoo.lightning_modules.tables import ConfusionTable, WritePredictions
+from statezoo.lightning_modules.report import EvaluationReport
+from statezoo.lightning_modules.tables import WritePredictions
 from statezoo.zoo import MIXERS
 
 pytestmark = [
@@ -64,9 +64,7 @@ def test_the_gradient_is_that_of_the_mean_over_all_labelled_sequences(weight, tr
     parts = [labelled([0, 1, 2, -100], seed=1), labelled([-100], seed=2), labelled([2], seed=3)]
 
     def module():
-        made = classifier(names=names, optim=SGD)
-        made.class_weight = torch.tensor(weight)
-        return made
+        return classifier(names=names, optim=SGD, class_weights=weight)
 
     got = gradients(module(), trainer, parts, accumulate_grad_batches=3)
     net = module().net
@@ -108,18 +106,8 @@ def test_metrics_are_exact_over_uneven_batches(trainer):
     }
     assert found == pytest.approx(want, rel=1e-5)
     assert len(set(best)) > 1
-    counts = module.confusion.compute().numpy()
+    counts = module.scored_rows().table()
     np.testing.assert_array_equal(counts, metrics.confusion_matrix(y, best, labels=[0, 1, 2]))
-
-
-@pytest.mark.parametrize("said", [[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
-def test_correlation_is_that_of_scikit_learn(said):
-    metrics = pytest.importorskip("sklearn.metrics")
-    labels, ours = [0, 1, 1, 0, 0], Matthews(2)
-    for i in range(5):
-        ours.update(torch.tensor(said[i : i + 1]), torch.tensor(labels[i : i + 1]))
-    want = metrics.matthews_corrcoef(labels, said)
-    assert float(ours.compute()) == pytest.approx(want, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
@@ -191,7 +179,9 @@ def test_balanced_weights_are_inverse_frequencies(trainer):
         ({"names": []}, r"needs data with classes \(a list `class_names`"),
         ({"names": ["a"]}, "at least two different classes"),
         ({"names": ["a", "a"]}, "at least two different classes"),
-        ({"class_weights": "equal"}, "must be balanced or null, got 'equal'"),
+        ({"class_weights": "equal"}, "must be balanced or null, got 'equal', or a number for"),
+        ({"class_weights": [1.0]}, r"a number of at least 0 for each of background, motif, .*1.0"),
+        ({"class_weights": [1.0, -1.0]}, "a number of at least 0 for each of background, motif"),
         ({"reverse_complement": "average"}, "says the complement of each symbol"),
         ({"reverse_complement": "equivariant"}, "says the complement of each symbol"),
         ({"tie_directions": False}, "needs bidirectional: true"),
@@ -310,7 +300,7 @@ def test_checkpoints_and_exported_folders_come_back(trainer, tmp_path):
 
 def test_tables_of_predictions_and_confusions(trainer, tmp_path):
     module, table = classifier(), WritePredictions(str(tmp_path / "p" / "out.csv"))
-    trainer(max_epochs=1, callbacks=[ConfusionTable()]).fit(module, Motifs(n=8))
+    trainer(max_epochs=1, callbacks=[EvaluationReport()]).fit(module, Motifs(n=8))
     data = Motifs(batch_size=7)
     found = torch.cat(
         [p["probabilities"] for p in trainer(callbacks=[table]).predict(module, data)]
