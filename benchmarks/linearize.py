@@ -5,8 +5,8 @@
 The teacher is a Transformer of ours or a public decoder: a run, checkpoint, folder or name. For
 each recurrence and arm it is linearised (`statezoo linearize`), scored, trained with LoRA on
 queries, keys and values (`statezoo fit --config linearize`) and scored again, on the validation
-split of the text. Prints a Markdown table and the commands that do the same one by one. The window alone
-has no recurrence, so it is trained once.
+split of the text. Prints a Markdown table and the commands that do the same one by one. The window
+alone has no recurrence, so it is trained once.
 """
 
 from __future__ import annotations
