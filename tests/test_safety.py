@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.zoo.cases import make, tokens
 
 import statezoo
 from statezoo import safety
@@ -21,6 +20,7 @@ from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.checkpoint import CheckpointError
 from statezoo.main import main
 from statezoo.zoo.model import StateZooPreTrainedModel
+from tests.zoo.cases import make, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 MEGABYTES = 200
@@ -68,9 +68,10 @@ def say(folder, file="config.json", **changes):
 def refused(words, load, *arguments, error=ValueError):
     """Call what must refuse in a line, without loading and without memory."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match=words) as caught:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StateZooPreTrainedModel, "from_pretrained", _reached)
-        load(*arguments)
+        with pytest.raises(error, match=words) as caught:
+            load(*arguments)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (after - before) / 1024 < MEGABYTES
     assert "\n" not in str(caught.value)

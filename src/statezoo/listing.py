@@ -146,7 +146,7 @@ def trained(name: str) -> tuple[str, ...]:
     """Return the cells of a trained model, as far as its ``metrics.json`` says."""
     said = metrics(name)
     if not said:
-        return (name, f"on the Hub, as {shipped.ORGANISATION}/{name}", "", "", "", "", "")
+        return (name, "on the Hub", "", "", "", "", "")
     model = said.get("model", {})
     state = model.get("state_bytes")
     family, _, corpus = name.partition("-")
