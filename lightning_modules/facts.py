@@ -41,16 +41,18 @@ class TrainingFacts(Callback):
     """Write ``train.json`` at the end of a fit.
 
     It holds the optimiser ``steps``, the ``tokens`` that were read, padding included, over all
-    processes, the ``seconds`` from beginning to end with validation, ``threads``, ``device``, and
-    the versions of ``torch`` and ``statezoo``. A run that was interrupted counts on.
+    processes, the ``seconds`` from beginning to end with validation, ``cpu_seconds`` of this
+    process's processor time, ``threads``, ``device``, and the versions of ``torch`` and
+    ``statezoo``. A run that was interrupted counts on.
     """
 
     def __init__(self) -> None:
-        self.tokens, self.seconds, self._start = 0, 0.0, 0.0
+        self.tokens = 0
+        self.before, self.start = (0.0, 0.0), (0.0, 0.0)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
+        """Start the clocks."""
+        self.start = (time.perf_counter(), time.process_time())
 
     def on_train_batch_end(
         self,
@@ -71,10 +73,12 @@ class TrainingFacts(Callback):
             return
         if not folder.is_dir():
             return
+        seconds, cpu_seconds = self._elapsed()
         facts = {
             "steps": trainer.global_step,
             "tokens": self.tokens,
-            "seconds": round(self._elapsed(), 1),
+            "seconds": round(seconds, 1),
+            "cpu_seconds": round(cpu_seconds, 1),
             "threads": torch.get_num_threads(),
             "device": machine(),
             "torch": torch.__version__,
@@ -82,13 +86,17 @@ class TrainingFacts(Callback):
         }
         (folder / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n")
 
-    def _elapsed(self) -> float:
-        return self.seconds + time.perf_counter() - self._start
+    def _elapsed(self) -> tuple[float, float]:
+        """Return the seconds so far, of the clock on the wall and of the processor."""
+        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        return self.before[0] + wall, self.before[1] + cpu
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted so far."""
-        return {"tokens": self.tokens, "seconds": self._elapsed()}
+        seconds, cpu_seconds = self._elapsed()
+        return {"tokens": self.tokens, "seconds": seconds, "cpu_seconds": cpu_seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
-        self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
+        """Count on from an earlier part of the run."""
+        self.tokens = state_dict["tokens"]
+        self.before = (state_dict["seconds"], state_dict["cpu_seconds"])

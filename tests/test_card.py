@@ -212,6 +212,7 @@ def test_training_is_told(capsys):
     assert train["steps"] == facts["steps"] == 6
     assert train["tokens"] == facts["tokens"] == 6 * 2 * 32
     assert train["seconds"] == facts["seconds"] > 0
+    assert train["cpu_seconds"] == facts["cpu_seconds"] > 0
     assert facts["device"] in train["hardware"]
     assert train["command"] == "statezoo fit --config tiny/config.yaml --data.path books"
     from statezoo.card_run import open_run, training

@@ -130,16 +130,16 @@ def describe(net: Any, length: int) -> dict[str, Any]:
 
 
 class _Clock(Callback):
-    """Tokens a second of the training steps after the first, loading included."""
+    """Tokens per second of the training steps after the first, loading included."""
 
     def __init__(self) -> None:
-        self.tokens, self.ends = [0], [time.perf_counter()]
+        self.tokens, self.ends = [0], [time.process_time()]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.tokens.append(batch["tokens"].numel())
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.process_time())
 
     def rate(self) -> float:
         spans = zip(self.tokens[2:], self.ends[1:-1], self.ends[2:], strict=True)
@@ -147,11 +147,21 @@ class _Clock(Callback):
 
 
 def speed(run: Run, command: str) -> dict[str, Any]:
-    """Return tokens a second on this machine's processor, training and writing one by one.
+    """Return tokens per second of processor time, training and writing one by one, on one thread.
 
     Training is the run's own, batches and precision; writing continues the first tokens of the
-    held-out split, as many as a training window has.
+    held-out split, as many as a training window has. Processor time, because other work on the
+    machine does not lengthen it.
     """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _speed(run, command)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _speed(run: Run, command: str) -> dict[str, Any]:
     from statezoo.lightning_modules import checkpoint as ckpt
 
     decode = decoding_rate(run.module.net, _ids(run, int(run.data.seq_len)))
@@ -169,22 +179,22 @@ def speed(run: Run, command: str) -> dict[str, Any]:
     return {
         "train_tokens_per_second": float(f"{clock.rate():.4g}"),
         "decode_tokens_per_second": float(f"{decode:.4g}"),
-        "threads": torch.get_num_threads(),
+        "threads": 1,
         "command": command,
     }
 
 
 @torch.inference_mode()
 def decoding_rate(net: Any, context: list[int]) -> float:
-    """Return tokens a second, one at a time after some others, as a median."""
+    """Return tokens per second of processor time, one at a time after some others, as a median."""
     net.eval()
     out = net(torch.tensor([context]), use_cache=True)
     spans = []
     for _ in range(DECODED):
-        start = time.perf_counter()
+        start = time.process_time()
         token = out.logits[:, -1:].argmax(-1)
         out = net(token, past_key_values=out.past_key_values, use_cache=True)
-        spans.append(time.perf_counter() - start)
+        spans.append(time.process_time() - start)
     return 1 / statistics.median(spans)
 
 

@@ -176,7 +176,7 @@ def training(run: Run, name: str, hardware: str | None) -> dict[str, Any]:
     }
     if file.is_file():
         told = json.loads(file.read_text())
-        facts |= {key: told[key] for key in ("steps", "tokens", "seconds")}
+        facts |= {key: told[key] for key in ("steps", "tokens", "seconds", "cpu_seconds")}
         facts["hardware"] = f"{told['device']}, {threads(told['threads'])}"
         return facts | {"seconds_by": "clock"}
     facts["tokens"] = _tokens(run, facts["steps"])
