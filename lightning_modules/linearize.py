@@ -137,7 +137,8 @@ class Linearize(CausalLM):
         """
         if self.teacher is None:
             return
-        teacher: Any = load_network(self.teacher).eval().requires_grad_(False)
+        teacher: Any = load_network(self.teacher)
+        teacher.eval().requires_grad_(False)
         for key in ("vocab_size", "d_model", "n_layers"):
             has, wanted = (getattr(net.config, key) for net in (teacher, self.net))
             if has != wanted:

@@ -233,7 +233,8 @@ def stretch(rate: Tensor, scaling: dict[str, Any]) -> Tensor:
     if len(scaling) > 1:
         low, high, length = (scaling[key] for key in SCALING[1:])
         kept = ((length * rate / (2 * pi) - low) / (high - low)).clamp(0, 1)
-    return rate * (kept + (1 - kept) / scaling["factor"])
+    slowed: Tensor = rate * (kept + (1 - kept) / scaling["factor"])
+    return slowed
 
 
 def check_scaling(name: str, scaling: dict[str, Any]) -> None:

@@ -128,7 +128,7 @@ class Liger(Heads, Mixer):
         if self.arm != "window":
             far, S = self.remember(q, k, v, S, cu_seqlens)
             read.append(far)
-        y = self.o_proj((sum(read) / len(read)).flatten(-2))
+        y = self.o_proj((torch.stack(read).sum(0) / len(read)).flatten(-2))
         if window is None and self.arm != "recurrence":  # packed from the start: nobody continues
             return y, None
         return y, LigerState(S, window)

@@ -75,7 +75,8 @@ def linearize(
     student: StateZooForCausalLM = StateZooForCausalLM.from_pretrained(
         None, config=config, state_dict=teacher.state_dict(), dtype=teacher.dtype
     )
-    return student.train(teacher.training)
+    student.train(teacher.training)
+    return student
 
 
 def _liger(attention: dict[str, Any], layer: int) -> dict[str, Any]:
