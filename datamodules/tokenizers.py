@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BPE",
+    "TOKENS_FILE",
     "Bytes",
     "Characters",
     "Tokenizer",

@@ -101,9 +101,9 @@ def check_numbers(config: Mapping[str, Any], tensors: int, place: str | Path) ->
         if isinstance(value, int) and abs(value) >= LARGEST_NUMBER:
             refuse(place, f"{key} is {value}, beyond any model's")
     for key in ("n_layer", "n_layers", "num_layers", "num_hidden_layers"):
-        value = config.get(key)
-        if isinstance(value, int) and value > tensors + 64:
-            refuse(place, f"{key} is {value}, and the weights have {tensors} tensors in all")
+        layers = config.get(key)
+        if isinstance(layers, int) and layers > tensors + 64:
+            refuse(place, f"{key} is {layers}, and the weights have {tensors} tensors in all")
 
 
 def numbers(part: Any, key: str = "a number") -> Iterator[tuple[str, int | float]]:
