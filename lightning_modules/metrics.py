@@ -1,6 +1,7 @@
 """Means over all that is scored, bits of information, and the rows of a split, as torchmetrics."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ class PerCount(Metric):
         return (self.scale * self.total / self.count).float()
 
 
+class Columns:
+    """Labels and answers of some rows; no tuple, as torchmetrics squeezes those of a single row."""
+
+    def __init__(self, *columns: Tensor) -> None:
+        self.columns = columns
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self.columns[number]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.columns)
+
+
 class Rows(Metric):
     """All labels and answers of a split, from all processes, as scores of the whole need them.
 
@@ -57,6 +71,6 @@ class Rows(Metric):
         self.labels.append(labels.detach())
         self.answers.append(answers.detach())
 
-    def compute(self) -> tuple[Tensor, Tensor]:
+    def compute(self) -> Columns:
         """Return all labels and answers."""
-        return dim_zero_cat(self.labels), dim_zero_cat(self.answers)
+        return Columns(dim_zero_cat(self.labels), dim_zero_cat(self.answers))

@@ -183,7 +183,7 @@ def frozen_probe(task: Any, batches: Iterable[Batch], rows: int, constant: Tenso
     body, _ = with_head(
         load_network(task.base), StateZooForSequenceClassification, pooling=pooling, **labels
     )
-    body.eval().requires_grad_(False)
+    body.train(False).requires_grad_(False)
 
     def features(batch: Batch) -> Tensor:
         mask, bounds = batch.get("attention_mask"), batch.get("cu_seqlens")
@@ -253,8 +253,8 @@ def _lbfgs(x: Tensor, y: Tensor, kind: str, start: Tensor, pull: float) -> tuple
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = _loss(x @ weight + bias, y, kind) + 0.5 * pull * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return weight.detach(), bias.detach()

@@ -61,13 +61,15 @@ def with_vocabulary(
     kept |= {"vocab_size": vocab_size}
     if config.complement is not None:
         kept["complement"] = list(complement or [])
-    new = type(net)(StateZooConfig(**kept)).to(net.device, net.dtype)
+    new: StateZooPreTrainedModel = type(net)(StateZooConfig(**kept))
+    new.to(device=net.device, dtype=net.dtype)  # type: ignore[call-arg]
     fresh, tensors = new.state_dict(), net.state_dict()
     for name, x in tensors.items():
         if name.endswith(TABLES):
             tensors[name] = fresh[name] if how == "new" else _extended(x, vocab_size)
     new.load_state_dict(tensors)
-    return new.train(net.training)
+    new.train(net.training)
+    return new
 
 
 def _extended(table: Tensor, n: int) -> Tensor:
