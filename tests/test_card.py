@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import statezoo
 from statezoo.arguments import find_config
-from statezoo.card_about import GAP
-from statezoo.card_run import command_of, portable
+from statezoo.card.about import GAP
+from statezoo.card.run import command_of, portable
 from statezoo.datamodules.batch import IGNORE
 from statezoo.main import main
 
@@ -65,9 +65,9 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("STATEZOO_CACHE", str(folder / "cache"))
-        patch.setattr("statezoo.card_measure.STEPS", 3)
-        patch.setattr("statezoo.card_measure.DECODED", 5)
-        patch.setattr("statezoo.card_samples.TOKENS", 12)
+        patch.setattr("statezoo.card.measure.STEPS", 3)
+        patch.setattr("statezoo.card.measure.DECODED", 5)
+        patch.setattr("statezoo.card.samples.TOKENS", 12)
         fresh_logs()
         Path("books").mkdir()
         for split, first in (("train", 0), ("valid", 150), ("test", 200)):
@@ -215,7 +215,7 @@ def test_training_is_told(capsys):
     assert train["cpu_seconds"] == facts["cpu_seconds"] > 0
     assert facts["device"] in train["hardware"]
     assert train["command"] == "statezoo fit --config tiny/config.yaml --data.path books"
-    from statezoo.card_run import open_run, training
+    from statezoo.card.run import open_run, training
 
     shutil.copytree("runs/gla", "runs/older", dirs_exist_ok=True)
     Path("runs/older/version_0/train.json").unlink()
@@ -261,10 +261,10 @@ def test_recipe_is_recognised():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr("statezoo.card_measure.STEPS", 3)
-    monkeypatch.setattr("statezoo.card_measure.DECODED", 5)
-    monkeypatch.setattr("statezoo.card_samples.BASES", 40)
-    monkeypatch.setattr("statezoo.card_samples.BARS", 1)
+    monkeypatch.setattr("statezoo.card.measure.STEPS", 3)
+    monkeypatch.setattr("statezoo.card.measure.DECODED", 5)
+    monkeypatch.setattr("statezoo.card.samples.BASES", 40)
+    monkeypatch.setattr("statezoo.card.samples.BARS", 1)
 
 
 def test_dna(quick):

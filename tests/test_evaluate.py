@@ -10,10 +10,11 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from statezoo import local_tasks, scoring, zoo
+from statezoo import zoo
 from statezoo.datamodules.dna.tokenizers import Nucleotides
 from statezoo.datamodules.tokenizers import Bytes, train_bpe
-from statezoo.harness import Answers, end_of_text, language_model
+from statezoo.evaluation import local_tasks, scoring
+from statezoo.evaluation.harness import Answers, end_of_text, language_model
 from statezoo.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -250,7 +251,7 @@ def test_mistakes(models, tmp_path, capsys, monkeypatch):
     assert "reads DNA" in dna
     assert "statezoo_promoter" in dna
     with monkeypatch.context() as patch:
-        patch.setattr("statezoo.evaluate.find_spec", lambda name: None)
+        patch.setattr("statezoo.evaluation.evaluate.find_spec", lambda name: None)
         assert 'pip install "statezoo[eval]"' in told(ours, capsys)
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from statezoo import scoring, zoo
+from statezoo import zoo
 from statezoo.datamodules.dna.tokenizers import KMers, Nucleotides
 from statezoo.datamodules.tokenizers import Bytes, train_bpe
+from statezoo.evaluation import scoring
 from statezoo.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
-from statezoo.card import card
-from statezoo.evaluate import evaluate
+from statezoo.card.command import card
+from statezoo.evaluation.evaluate import evaluate
+from statezoo.evaluation.score import score
 from statezoo.explain import explain
 from statezoo.linearize import linearize
 from statezoo.listing import aligned, listing, pretrained_listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
 from statezoo.publish import publish
-from statezoo.score import score
 
 
 def list_parts(pattern: str = "*", *, pretrained: bool | str = False) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
 
-from statezoo.card_about import About, read_about
-from statezoo.card_text import METRICS_FILE, is_card, read_metrics, readme
+from statezoo.card.about import About, read_about
+from statezoo.card.text import METRICS_FILE, is_card, read_metrics, readme
 
 __all__ = ["card"]
 
@@ -81,9 +81,9 @@ def _measured(run: str, target: Path, about: About, name: str) -> dict[str, Any]
     import torch
 
     import statezoo
-    from statezoo import card_measure as measure
-    from statezoo.card_run import open_run, portable, training
-    from statezoo.card_samples import write_sample
+    from statezoo.card import measure as measure
+    from statezoo.card.run import open_run, portable, training
+    from statezoo.card.samples import write_sample
     from statezoo.cli import quiet
     from statezoo.lightning_modules.network import export, load_network
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from statezoo.card_run import Run
+from statezoo.card.run import Run
 
 __all__ = ["write_sample"]
 

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from statezoo.card_about import GAP
+from statezoo.card.about import GAP
 
 __all__ = ["METRICS_FILE", "is_card", "read_metrics", "readme"]
 

@@ -17,8 +17,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from statezoo.listing import aligned
 from statezoo.parser import nearest
 
@@ -167,11 +165,11 @@ def evaluate_model(
     """
     with ExitStack() as stack:
         tell = stack.enter_context(_quiet(verbose))
-        ours = stack.enter_context(as_file(files("statezoo") / "tasks"))
+        ours = stack.enter_context(as_file(files("statezoo.evaluation") / "tasks"))
         manager, names = _find(tasks, str(ours), include_path)
 
-        from statezoo.harness import language_model
-        from statezoo.scoring import open_scorer, trained_length
+        from statezoo.evaluation.harness import language_model
+        from statezoo.evaluation.scoring import open_scorer, trained_length
 
         scorer = open_scorer(model, device, batch_size)
         found = _run(
@@ -319,6 +317,8 @@ def _run(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     random.seed(seed)
+    import numpy as np
+
     np.random.seed(seed)
     torch.manual_seed(seed)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes take longer than they save

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 
-from statezoo.card_run import Run
+from statezoo.card.run import Run
 from statezoo.datamodules.batch import IGNORE
 
 __all__ = ["baselines", "describe", "fingerprint", "fixture", "lightest", "results", "speed"]

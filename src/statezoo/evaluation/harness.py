@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from statezoo.datamodules.tokenizers import CONFIG_FILE, Tokenizer
-from statezoo.scoring import Reading, Scorer
+from statezoo.evaluation.scoring import Reading, Scorer
 
 __all__ = ["Answers", "language_model"]
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from statezoo.listing import aligned
 
 if TYPE_CHECKING:
-    from statezoo.scoring import Score
+    from statezoo.evaluation.scoring import Score
 
 __all__ = ["score"]
 
@@ -61,7 +61,7 @@ def score(
     if (first := next(texts, None)) is None:
         raise ValueError("\n".join([f"there is no text in {path or '--text'}.", *report[:10]]))
 
-    from statezoo.scoring import open_scorer
+    from statezoo.evaluation.scoring import open_scorer
 
     scorer = open_scorer(model, device, batch_size)
     found = scorer.score([first])

@@ -28,7 +28,7 @@ def documents(file: str, **settings: Any) -> dict[str, Any]:
     """
     from datasets import Dataset  # type: ignore[import-untyped,unused-ignore]
 
-    text = (files("statezoo") / "tasks" / file).read_text(encoding="utf-8")
+    text = (files("statezoo.evaluation") / "tasks" / file).read_text(encoding="utf-8")
     return {"test": Dataset.from_list([json.loads(line) for line in text.splitlines()])}
 
 
