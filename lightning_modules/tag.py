@@ -30,6 +30,9 @@ class TokenClassifier(LabelTask):
             and settings, ``[{name: gla, n_heads: 2}, attention]``; repeated over the layers.
         bidirectional: Run every mixer forward and backward in time; forward only, a tag is said
             from the past alone. null does as ``pretrained`` does.
+        tie_directions: Run it with the same weights both ways: such a net cannot tell what stands
+            before a token from what stands after. null ties nothing in a new network, and does as
+            ``pretrained`` does, tying what was causal; say false to copy the weights of that.
         **settings: As of every task with labels.
     """
 
@@ -42,9 +45,18 @@ class TokenClassifier(LabelTask):
         mixers: list[str | dict[str, Any]] = MIXERS,
         *,
         bidirectional: bool | None = True,
+        tie_directions: bool | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(mixers, bidirectional=bidirectional, pooling=None, **settings)
+        if tie_directions is None:
+            tie_directions = settings.get("pretrained") is not None or not bidirectional
+        super().__init__(
+            mixers,
+            bidirectional=bidirectional,
+            tie_directions=tie_directions,
+            pooling=None,
+            **settings,
+        )
 
     def plain_settings(self) -> dict[str, Any]:
         """Return the arguments that build this module again, as plain data."""
