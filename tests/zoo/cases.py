@@ -49,9 +49,9 @@ MORE = {  # settings beside the defaults
         }
     ],
     "liger-mamba2": [{"name": "liger", "recurrence": "mamba2", "window": 2, "head_dim": 6}],
-    "liger-alone": [
-        {"name": "liger", "arm": "recurrence"},
-        {"name": "liger", "arm": "window", "window": 2, "rope_scaling": {"factor": 2.0}},
+    "liger-recurrence": [{"name": "liger", "arm": "recurrence"}],
+    "liger-window": [
+        {"name": "liger", "arm": "window", "window": 2, "rope_scaling": {"factor": 2.0}}
     ],
     "mom-gla": [{"name": "mom", "inner": "gla", "inner_settings": {"d_conv": 3}}],
     "mom-mamba2": [{"name": "mom", "inner": "mamba2", "shared_memory": False}],
