@@ -112,7 +112,7 @@ class LabelTask(Task):
         }
         if class_names or pretrained is None:
             settings["id2label"] = dict(enumerate(check_names(self.kind, class_names)))
-        net = build_network(self.network, settings, pretrained, defaults(LabelTask), tune)
+        net: Any = build_network(self.network, settings, pretrained, defaults(LabelTask), tune)
         super().__init__(net, optim, pretrained, tune, adapter)
         self.class_names = [str(name) for name in dict(net.config.id2label or {}).values()]
         self.reverse_complement, self.complement = treatment_of(

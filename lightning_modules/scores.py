@@ -185,7 +185,8 @@ class TagScores(Scoring):
 
     def table(self) -> NDArray[np.int64]:
         """Count tokens by true and predicted tag, ``[C C]``."""
-        return self.tables.sum(0).astype(np.int64)
+        counts: NDArray[np.int64] = self.tables.sum(0).astype(np.int64)
+        return counts
 
 
 class NumberScores(Scoring):
@@ -296,7 +297,8 @@ class Question(NamedTuple):
 def ratio(part: Floats, whole: Floats) -> Floats:
     """Divide; NaN where there is nothing to divide by."""
     part, whole = np.broadcast_arrays(part, whole)
-    return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+    share: Floats = np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
+    return share
 
 
 def mean_known(parts: Sequence[Floats]) -> Floats:

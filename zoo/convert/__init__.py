@@ -106,7 +106,7 @@ def convert(
     if model_type(read_config(source)) == "statezoo":
         if to == "statezoo":
             raise ValueError(f"{source} holds a statezoo model already.")
-        net = load_folder(source, **kwargs)
+        net: Any = load_folder(source, **kwargs)
         report = Report("statezoo", {name: name for name, _ in net.named_parameters()})
     else:
         net, report = load(source, **kwargs)
