@@ -25,6 +25,9 @@ COLUMNS = ("preset", "parameters", "vocabulary", "state a sequence (float32)", "
 TRAINED = ("model", "trained on", "parameters", "file", "held out", "transformer", "state")
 TWIN = "transformer"
 """Family of the softmax models that the others are compared with."""
+TASK_BASES = ("Task", "TokenTask", "LabelTask", "CausalLM")
+NO_TASKS = ("TokenTask", "LabelTask", "OneMixer", "Hybrid")
+"""Classes that tasks are made from, and what is made from those and is none by itself."""
 NAMES = {"Attention": "Transformer"}
 """Modules whose names are not those of their mixers' classes."""
 
@@ -76,14 +79,14 @@ def listing(pattern: str = "*") -> str:
     presets, others = configs()
     hybrid = ("Hybrid", "A stack of different mixers: the list of them repeats over the layers.")
     modules = dict([*classes("zoo", "Mixer"), hybrid])
-    tasks = [x for base in ("Task", "TokenTask") for x in classes("lightning_modules", base)]
+    tasks = [x for base in TASK_BASES for x in classes("lightning_modules", base)]
     data = [x for base in ("SplitData", "LabelledData") for x in classes("datamodules", base)]
     covered = {preset.model for preset in presets}
     sections = {
         "architectures without a preset (--model)": {
             (name, what) for name, what in modules.items() if name not in covered
         },
-        "tasks, of any mixers (--model)": {x for x in tasks if x[0] != "TokenTask"},
+        "tasks, of any mixers (--model)": {x for x in tasks if x[0] not in NO_TASKS},
         "data (--data)": {x for x in data if x[0] != "LabelledData"},
         "other configs (--config)": set(others),
     }
