@@ -1,5 +1,6 @@
 """Every command and every Python example of the README runs as it stands there."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -39,11 +40,25 @@ def folder(tmp_path, monkeypatch):
             f"It was day {day} of voyage {number}, and the sea was calm." for day in range(200)
         ]
         (texts / f"voyage{number}.txt").write_text("\n".join(words))
+    write_labels(tmp_path)
     write_genome(tmp_path)
     write_music(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STATEZOO_CACHE", str(tmp_path / "cache"))
     return tmp_path
+
+
+def write_labels(folder: Path) -> None:
+    """Texts with a class, sentences with tags, and what is said of a model's data."""
+    rows = [f"{('a calm' if i % 2 else 'a wild')} sea on day {i},{i % 2}" for i in range(40)]
+    (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]))
+    words = [{"tokens": ["the", "sea", str(i)], "tags": ["O", "PLACE", "DAY"]} for i in range(40)]
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, words)))
+    about = {key: f"of the {key}" for key in ("title", "data_license", "attribution", "test")}
+    about |= {key: f"of the {key}" for key in ("contamination", "limits", "use")}
+    (folder / "about.yaml").write_text(
+        json.dumps(about | {"license": "apache-2.0", "datasets": ["voyages"], "language": "en"})
+    )
 
 
 def write_genome(folder: Path) -> None:
@@ -86,6 +101,7 @@ def test_every_command_runs_in_order(folder, monkeypatch, capsys):
     for left in ("best.ckpt", "last.ckpt", "config.yaml", "metrics.csv", "loss.png", "export"):
         assert (folder / "runs" / "gla-text" / "version_0" / left).exists()
     made = "my_model/model.safetensors nll.bedGraph scored.vcf vectors.parquet generated.fa"
+    made += " new.fa llr.vcf scores.csv liger/model.safetensors my_card/README.md"
     for name in (*made.split(), "out/1.mid", "out/2.png", "filled.mid", "roll.png", "theme.wav"):
         assert (folder / name).stat().st_size > 0
 
