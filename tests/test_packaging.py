@@ -54,8 +54,16 @@ def modules_of_the_checkout() -> set[str]:
 def test_wheel_holds_every_module_and_config(wheel):
     members = set(zipfile.ZipFile(wheel).namelist())
     configs = {f"statezoo/{f.relative_to(ROOT)}" for f in (ROOT / "configs").rglob("*.yaml")}
+    cards = {f"statezoo/{f.relative_to(ROOT)}" for f in (ROOT / "hub_cards").rglob("*.*")}
+    tasks = {
+        f"statezoo/{f.relative_to(ROOT / 'src/statezoo')}"
+        for f in (ROOT / "src/statezoo/evaluation/tasks").iterdir()
+    }
     assert configs
-    missing = (modules_of_the_checkout() | configs | {"statezoo/py.typed"}) - members
+    assert cards
+    assert tasks
+    others = configs | {name for name in cards if not name.endswith(".pyc")} | tasks
+    missing = (modules_of_the_checkout() | others | {"statezoo/py.typed"}) - members
     assert not missing, "list new folders in pyproject.toml, [tool.setuptools]"
     assert not [m for m in members if m.split("/")[0] in FOLDERS]
 
