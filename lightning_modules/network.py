@@ -244,7 +244,7 @@ def load_network(source: str | Path) -> StateZooPreTrainedModel:
         raise ckpt.CheckpointError(
             f"there is no checkpoint or model folder {place!r}{shipped.near(place)}."
         )
-    with _no_progress_bars():
+    with no_progress_bars():
         return statezoo.load(place)
 
 
@@ -266,7 +266,7 @@ def _network_of(content: Mapping[str, Any], path: str) -> StateZooPreTrainedMode
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Keep transformers' bars, which are for large models, off the screen."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -296,7 +296,7 @@ def export(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _no_progress_bars():
+    with no_progress_bars():
         net.save_pretrained(folder)
     ckpt.write_files(tokenizer or {}, folder)
     if extra is not None:

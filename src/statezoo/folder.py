@@ -264,7 +264,7 @@ def _adapter(folder: Path) -> Iterator[str]:
 
 def _model(folder: Path, metrics: Mapping[str, Any] | None) -> Iterator[str]:
     """Check weights, settings and fixture."""
-    import statezoo
+    from statezoo.lightning_modules.network import load_network
 
     broken = [*_weights(folder)]
     yield from broken
@@ -281,7 +281,7 @@ def _model(folder: Path, metrics: Mapping[str, Any] | None) -> Iterator[str]:
                 "statezoo convert makes one of others."
             )
             return
-        net = statezoo.load(folder, dtype="float32")
+        net = load_network(folder).float()
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].replace(f"{folder}", folder.name)
         yield f"config.json and the weights do not fit: {reason.rstrip('.')}."

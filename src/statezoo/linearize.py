@@ -30,7 +30,7 @@ def linearize(
         layers: Layers to turn: all; keep:4, where every 4th stays attention; or 0,1,4-7.
         arm: Both halves, or one of them alone, to see what it is worth.
     """
-    from statezoo.lightning_modules.network import export
+    from statezoo.lightning_modules.network import export, no_progress_bars
     from statezoo.zoo.convert.files import copy_tokenizer
     from statezoo.zoo.convert.linearize import linearize as convert
 
@@ -39,7 +39,8 @@ def linearize(
     if source.resolve() == folder.resolve():
         raise ValueError(f"{out} is the teacher itself: write to another folder.")
     try:
-        student = convert(net, mixer, window, layers, arm)
+        with no_progress_bars():
+            student = convert(net, mixer, window, layers, arm)
     except TypeError as error:
         raise ValueError(f"{teacher}: {error}") from error
     export(student, folder, tokenizer)
@@ -63,13 +64,17 @@ def read_teacher(teacher: str) -> tuple[Path, Any, Mapping[str, bytes]]:
         ValueError: If there is no such model, or it cannot be converted.
         FileNotFoundError: If no Hub id is written like this.
     """
+    from statezoo import shipped
     from statezoo.arguments import find_weights
+    from statezoo.download import local
     from statezoo.lightning_modules import checkpoint
     from statezoo.lightning_modules.network import load_network
-    from statezoo.zoo.convert import fetch
 
-    place = Path(find_weights(teacher))
+    place = Path(local(find_weights(teacher)))
     if place.suffix == ".ckpt":
         return place, load_network(place), checkpoint.read(place)[checkpoint.KEY]["tokenizer"]
-    place = place if place.is_dir() else fetch(str(place))
+    if not place.is_dir():
+        raise FileNotFoundError(
+            f"{teacher} is not a folder, and no Hub id is written like this{shipped.near(teacher)}."
+        )
     return place, load_network(place), {}

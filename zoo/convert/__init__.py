@@ -19,14 +19,14 @@ from statezoo.safety import CONFIG, check_numbers
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.convert.decoders import DECODERS, complete, convert_decoder
 from statezoo.zoo.convert.export import to_transformers
-from statezoo.zoo.convert.files import copy_tokenizer, fetch, read_config, read_tensors
+from statezoo.zoo.convert.files import copy_tokenizer, read_config, read_tensors
 from statezoo.zoo.convert.fla import FAMILIES, convert_fla
 from statezoo.zoo.convert.mamba import convert_mamba
 from statezoo.zoo.convert.source import Report, Settings, Tensors
 from statezoo.zoo.loading import check_size, load_folder
 from statezoo.zoo.model import StateZooForCausalLM
 
-__all__ = ["SUPPORTED", "Report", "convert", "fetch", "load", "to_transformers"]
+__all__ = ["SUPPORTED", "Report", "convert", "load", "to_transformers"]
 
 SUPPORTED = ("mamba", "mamba2", *FAMILIES, *DECODERS)
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -15,26 +14,6 @@ from statezoo import safety
 from statezoo.safety import TOKENIZER_FILES as TOKENIZER
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # in the order of preference
-
-
-def fetch(name: str, **kwargs: Any) -> Path:
-    """Download a model of the Hub: configuration, tokenizer and weights, and nothing else.
-
-    Args:
-        name: ``"owner/name"``.
-        **kwargs: ``revision``, ``cache_dir``, ``token``.
-
-    Raises:
-        FileNotFoundError: If no Hub id is written like this.
-    """
-    if name.count("/") != 1 or name[:1] in ("", ".", "~", "/", "\\"):
-        raise FileNotFoundError(f"{name} is not a folder, and no Hub id is written like this.")
-    patterns = ["config.json", *TOKENIZER, "model*.safetensors", "model.safetensors.index.json"]
-    folder = Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
-    if not any(folder.glob("model*.safetensors")):
-        patterns = [*patterns, "pytorch_model*.bin", "pytorch_model.bin.index.json"]
-        folder = Path(snapshot_download(name, allow_patterns=patterns, **kwargs))
-    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
