@@ -34,6 +34,8 @@ class KillAt(Callback):
 class AskAt(Callback):
     def __init__(self, step: int, name: str):
         self.step, self.name = step, name
+        if name == "SIGINT":  # a shell's background jobs ignore it, and so would this process
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     def on_before_optimizer_step(self, trainer, *_):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), getattr(signal, self.name))
