@@ -281,7 +281,8 @@ def _model(folder: Path, metrics: Mapping[str, Any] | None) -> Iterator[str]:
                 "statezoo convert makes one of others."
             )
             return
-        net = load_network(folder).float()
+        net: Any = load_network(folder)
+        net.float()
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].replace(f"{folder}", folder.name)
         yield f"config.json and the weights do not fit: {reason.rstrip('.')}."
