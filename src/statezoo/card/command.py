@@ -81,7 +81,7 @@ def _measured(run: str, target: Path, about: About, name: str) -> dict[str, Any]
     import torch
 
     import statezoo
-    from statezoo.card import measure as measure
+    from statezoo.card import measure
     from statezoo.card.run import open_run, portable, training
     from statezoo.card.samples import write_sample
     from statezoo.cli import quiet

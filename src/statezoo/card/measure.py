@@ -14,11 +14,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 
 from statezoo.card.run import Run
 from statezoo.datamodules.batch import IGNORE
+from statezoo.folder import fixture_nll
 
 __all__ = ["baselines", "describe", "fingerprint", "fixture", "lightest", "results", "speed"]
 
@@ -210,16 +210,7 @@ def fixture(run: Run, net: Any) -> dict[str, Any]:
     """
     text = _piece(run)
     ids = _ids(run, FIXTURE) if text is None else run.data.tokenizer.encode(text)
-    return {"input": text, "ids": list(ids), "nll": sequence_nll(net, ids)}
-
-
-@torch.inference_mode()
-def sequence_nll(net: Any, ids: list[int]) -> float:
-    """Return nats per token of ``ids[1:]``, each given those before it; in float32."""
-    net.eval()
-    row = torch.tensor([ids], device=net.device)
-    logits = net(row[:, :-1]).logits[0].float()
-    return float(F.cross_entropy(logits, row[0, 1:]))
+    return {"input": text, "ids": list(ids), "nll": fixture_nll(net, ids)}
 
 
 def _piece(run: Run) -> str | None:

@@ -306,6 +306,7 @@ def _run(
     Raises:
         ValueError: If a task asks for what its documents or the model do not have.
     """
+    import numpy as np
     import torch
     from lm_eval import evaluate as run  # type: ignore[import-untyped,unused-ignore]
 
@@ -317,8 +318,6 @@ def _run(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     random.seed(seed)
-    import numpy as np
-
     np.random.seed(seed)
     torch.manual_seed(seed)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # its processes take longer than they save
