@@ -13,7 +13,7 @@ from statezoo.kernels.gated_linear_attention import gated_linear_attention
 from statezoo.zoo import init
 from statezoo.zoo.mixer import Mixer, State, state_bytes
 from statezoo.zoo.norm import RMSNorm
-from statezoo.zoo.segments import last, running_sum, shift
+from statezoo.zoo.segments import running_sum, shift
 
 
 class Mamba3State(NamedTuple):
@@ -90,8 +90,6 @@ class Mamba3(Mixer):
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Mamba3State]:
         """Mix ``x [B T D]`` along time, continuing from ``state``."""
-        B, T, _ = x.shape
-        cu = torch.arange(B + 1, device=x.device) * T if cu_seqlens is None else cu_seqlens.long()
         z, v, k, q, dt, a, trap, omega = self.in_proj(x).split(self.widths, -1)
         acc = torch.promote_types(v.dtype, torch.float32)
         v, dt, a, trap, omega = (y.to(acc) for y in (v, dt, a, trap, omega))
@@ -108,21 +106,22 @@ class Mamba3(Mixer):
         empty = self.initial_state(n_sequences(x, cu_seqlens), v)
         S, k0, v0, angle0 = map(_or, state or empty, empty)
         turn = pi * dt[..., None] * omega.tanh()[..., None, :]  # [B T H turns]
-        angle = running_sum(turn, angle0, cu_seqlens, self.backend)
+        angle, last_angle = running_sum(turn, angle0, cu_seqlens, self.backend)
         q, k = rotate_pairs(q, angle), rotate_pairs(k, angle)
         now, before = dt * trap.sigmoid(), dt * (-trap).sigmoid() * g.exp()
-        last_k, last_v = shift(k, k0, cu), shift(v, v0, cu)
-        writes = torch.cat([now[..., None] * v, before[..., None] * last_v], 2)
+        kv, kv0, widths = torch.cat([k, v], -1), torch.cat([k0, v0], -1), (k.shape[-1], v.shape[-1])
+        kv_before, last_kv = shift(kv, kv0, cu_seqlens, self.backend)
+        k_before, v_before = kv_before.split(widths, -1)
+        writes = torch.cat([now[..., None] * v, before[..., None] * v_before], 2)
         o, S = gated_linear_attention(  # two memories a head, which are read and kept as a sum
-            torch.cat([q, q], 2), torch.cat([k, last_k], 2), writes, torch.cat([g, g], 2),
+            torch.cat([q, q], 2), torch.cat([k, k_before], 2), writes, torch.cat([g, g], 2),
             scale=1.0, initial_state=torch.cat([S, torch.zeros_like(S)], 1),
             cu_seqlens=cu_seqlens, backend=self.backend,
         )  # fmt: skip
         o, S = (y.unflatten(n, (2, -1)).sum(n) for y, n in ((o, 2), (S, 1)))
         o = o + self.D[:, None] * v
-        ends = (last(y, y0, cu) for y, y0 in ((k, k0), (v, v0), (angle, angle0)))
         y = o.flatten(-2) * F.silu(z.to(acc))
-        return self.out_proj(y.to(x.dtype)), Mamba3State(S, *ends)
+        return self.out_proj(y.to(x.dtype)), Mamba3State(S, *last_kv.split(widths, -1), last_angle)
 
     def initial_state(self, n: int, like: Tensor) -> Mamba3State:
         """Return the empty state of ``n`` sequences."""
