@@ -65,14 +65,16 @@ class SplitData(LightningDataModule):
     def load(self, windows: Any, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
         """Make a loader of this process's part of each batch."""
         trainer = self.trainer
+        # The strategy says it, as in some of them processes share their windows.
+        part = (None if trainer is None else trainer.distributed_sampler_kwargs) or {}
         return self.loader(
             windows,
             self.batch_size,
             shuffle=shuffle,
             seed=self.seed,
             num_workers=self.num_workers,
-            rank=0 if trainer is None else trainer.global_rank,
-            world_size=1 if trainer is None else trainer.world_size,
+            rank=part.get("rank", 0),
+            world_size=part.get("num_replicas", 1),
             epoch=epoch,
         )
 
