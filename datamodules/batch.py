@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from contextlib import AbstractContextManager
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Batch(TypedDict):
             The data's ``label_kind`` says which.
         ids: Names of the sequences, for tables of predictions.
         tagged: ``[B T]`` bool, where a tag is due, known or not; in batches to predict tags of.
+        shard: Where several processes share each sequence, which slice of time this one has: the
+            network runs within it. ``SequenceParallel`` adds it.
     """
 
     tokens: Tensor
@@ -46,3 +49,4 @@ class Batch(TypedDict):
     labels: NotRequired[Tensor]
     ids: NotRequired[list[str]]
     tagged: NotRequired[Tensor]
+    shard: NotRequired[AbstractContextManager[Any]]

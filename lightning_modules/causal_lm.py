@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -90,12 +91,13 @@ class CausalLM(TokenTask):
 
     def scored_nll(self, batch: Batch, reduction: Reduction) -> tuple[Tensor, Auxiliary]:
         """Return nats: their sum or mean, or each ``[B T]``; and what mixers say beside."""
-        out = self.net.model(
-            input_ids=batch["tokens"],
-            attention_mask=batch.get("attention_mask"),
-            cu_seqlens=batch.get("cu_seqlens"),
-            use_cache=False,
-        )
+        with batch.get("shard", nullcontext()):
+            out = self.net.model(
+                input_ids=batch["tokens"],
+                attention_mask=batch.get("attention_mask"),
+                cu_seqlens=batch.get("cu_seqlens"),
+                use_cache=False,
+            )
         nll: Tensor = linear_cross_entropy(
             out.last_hidden_state,
             self.net.lm_head.weight,
