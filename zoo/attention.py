@@ -10,6 +10,7 @@ from statezoo.kernels._varlen import segment_ids
 from statezoo.kernels.attention import KV, attention, empty
 from statezoo.zoo.mixer import Mixer, State, state_bytes
 from statezoo.zoo.norm import RMSNorm
+from statezoo.zoo.slices import tokens_before
 
 SCALING = (
     "factor",
@@ -157,6 +158,7 @@ class Attention(Heads, Mixer):
     ) -> tuple[Tensor, AttentionState | None]:
         """Mix ``x [B T D]`` along time, continuing from ``state``."""
         past, seen = state or (None, None)
+        seen = tokens_before(x, cu_seqlens) if seen is None else seen
         q, k, v = self.project(x)
         position = positions(x, seen, cu_seqlens)
         q, k = self.turn(q, position), self.turn(k, position)

@@ -12,6 +12,7 @@ from statezoo.kernels.gated_delta_rule import gated_delta_rule, l2_norm
 from statezoo.kernels.gated_linear_attention import gated_linear_attention
 from statezoo.zoo.attention import AttentionState, Heads, advance, positions
 from statezoo.zoo.mixer import Mixer, State, state_bytes
+from statezoo.zoo.slices import tokens_before
 
 Recurrence = Literal["gla", "gated_deltanet", "mamba2"]
 Arm = Literal["both", "recurrence", "window"]
@@ -114,6 +115,7 @@ class Liger(Heads, Mixer):
         read = []
         if self.arm != "recurrence":
             past, seen = window or (None, None)
+            seen = tokens_before(x, cu_seqlens) if seen is None else seen
             position = positions(x, seen, cu_seqlens)
             near, present = attention(
                 self.turn(q, position),

@@ -1,5 +1,6 @@
 """The one skeleton: embedding, blocks of mixer and channel mixer, norm, head."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,9 +11,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from statezoo.kernels.sequence import Shard
 from statezoo.zoo.auxiliary import Auxiliary, add_auxiliary, take_auxiliary
 from statezoo.zoo.bidirectional import Reversal, both_ways
 from statezoo.zoo.cache import states_of
+from statezoo.zoo.calls import check_causal, check_unknown
 from statezoo.zoo.channel import CHANNELS
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.initial_state import begin, learnt_state
@@ -21,9 +24,8 @@ from statezoo.zoo.mixer import Mixer, State, build_mixer
 from statezoo.zoo.norm import RMSNorm
 from statezoo.zoo.padding import find_padding
 from statezoo.zoo.settings import build
+from statezoo.zoo.slices import check_slice, refuse_slice
 from statezoo.zoo.strands import Strands, merge
-
-IGNORED = {"cache_position", "output_attentions", "position_ids", "token_type_ids"}
 
 
 @dataclass
@@ -68,13 +70,18 @@ class Block(GradientCheckpointingLayer):
         state: State = None,
         cu_seqlens: Tensor | None = None,
         reversal: Reversal | None = None,
+        shard: Shard | None = None,
     ) -> tuple[Tensor, State]:
-        """Transform the stream ``x [B T D]``; under autocast it stays in the weights' dtype."""
+        """Transform the stream ``x [B T D]``; under autocast it stays in the weights' dtype.
+
+        ``shard`` is the one that is open, for when this is run again in the backward pass.
+        """
         y = self.mixer_norm(x)
         learnt = self.initial_state, self.initial_state_back
         if reversal is None:
             state = begin(learnt[0], y, cu_seqlens) if state is None else state
-            y, state = self.mixer(y, state, cu_seqlens)
+            with shard or nullcontext():
+                y, state = self.mixer(y, state, cu_seqlens)
         else:
             y = both_ways(self.mixer, self.mixer_back, learnt, y, cu_seqlens, reversal)
         x = x + y
@@ -211,9 +218,16 @@ class StateZooModel(StateZooPreTrainedModel):
         check_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds.")
+        refuse_slice(
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            complement=self.config.complement,
+            bidirectional=self.config.bidirectional,
+        )
         x = cast(Tensor, input_ids if inputs_embeds is None else inputs_embeds)
         if past_key_values is not None or use_cache:
-            self._check_causal()
+            check_causal(self.config)
         B, T = x.shape[:2]
         padding = find_padding(attention_mask, B, T)
         if padding is not None:
@@ -258,13 +272,6 @@ class StateZooModel(StateZooPreTrainedModel):
         back = [block.mixer_back for block in blocks if block.mixer_back is not None]
         return [*(block.mixer for block in blocks), *back]
 
-    def _check_causal(self) -> None:
-        if not self.config.is_causal:
-            raise ValueError(
-                "a net that is bidirectional or reads both strands has no state to hand on: call "
-                "it on whole sequences, without use_cache and past_key_values."
-            )
-
     def _run(
         self, x: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, T: int
     ) -> list[Tensor]:
@@ -276,12 +283,12 @@ class StateZooModel(StateZooPreTrainedModel):
                 f"the cache has {len(memory)} layers, the model {len(self.layers)}: was it made by "
                 "another model?"
             )
-        streams = []
+        streams, shard = [], check_slice(x, cu_seqlens)
         reversal = Reversal(x, cu_seqlens) if self.config.bidirectional else None
         for block, layer in zip(self.layers, memory, strict=True):
             streams.append(x)
             if layer is None:
-                x, _ = block(x, None, cu_seqlens, reversal)
+                x, _ = block(x, None, cu_seqlens, reversal, shard)
                 continue
             state = cast(Block, block).first_state(n, x) if layer.state is None else layer.state
             x, state = block(x, state, cu_seqlens)
@@ -360,6 +367,7 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
             ValueError: If arguments exclude each other or shapes disagree.
             TypeError: If an argument is unknown.
         """
+        refuse_slice(labels=labels)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -385,14 +393,3 @@ class StateZooForCausalLM(StateZooPreTrainedModel, GenerationMixin):
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
         )
-
-
-def check_unknown(kwargs: dict[str, Any]) -> None:
-    """Refuse arguments that would otherwise go unnoticed.
-
-    Raises:
-        TypeError: If one is neither ``None`` nor known to be without meaning here.
-    """
-    for key, value in kwargs.items():
-        if value is not None and key not in IGNORED:
-            raise TypeError(f"forward() got an unknown argument {key!r}.")

@@ -10,6 +10,7 @@ from statezoo.zoo.delta import wide
 from statezoo.zoo.mixer import MIXERS, Mixer, State, build_mixer, map_state, resolve_mixer
 from statezoo.zoo.routing import Route, Slots, for_each_memory
 from statezoo.zoo.settings import lookup
+from statezoo.zoo.slices import mean_of_slices
 
 
 class MoM(Mixer):
@@ -135,19 +136,23 @@ class MoM(Mixer):
     def report(self, p: Tensor, memory: Tensor) -> dict[str, Tensor]:
         """Measure how evenly probabilities ``p [T M]`` send tokens to ``memory [T k]``.
 
+        Of a slice of time, so do all slices together: one small all-reduce each way.
+
         Returns:
             ``loss``, and its value ``router_balance`` before the coefficient; ``router_entropy`` of
             a token's probabilities in nats; ``router_load [M]``, the part of all slots that each
             memory got.
         """
-        T = max(len(p), 1)
-        sent = torch.zeros_like(p).scatter(1, memory, 1.0).sum(0) / T
-        balance = self.n_memories * (sent * p.sum(0) / T).sum()
-        entropy = -torch.special.xlogy(p, p).sum() / T
+        T, M = max(len(p), 1), self.n_memories
+        sent = torch.zeros_like(p).scatter(1, memory, 1.0).sum(0)
+        entropy = -torch.special.xlogy(p, p).detach().sum()
+        means = mean_of_slices(torch.cat([sent, p.sum(0), entropy[None]]) / T, "router")
+        sent, probable, entropy = means.split([M, M, 1])
+        balance = M * (sent * probable).sum()
         return {
             "loss": self.balance_coefficient * balance,
             "router_balance": balance.detach(),
-            "router_entropy": entropy.detach(),
+            "router_entropy": entropy.detach().squeeze(),
             "router_load": sent.detach() / self.top_k,
         }
 

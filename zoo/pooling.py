@@ -8,6 +8,7 @@ from torch import Tensor
 
 from statezoo.kernels._varlen import segment_ids
 from statezoo.zoo.padding import find_padding
+from statezoo.zoo.slices import refuse_slice
 
 Pooling = Literal["mean", "last", "first", "profile"]
 TERMS = 64
@@ -33,7 +34,11 @@ def pool(
     Returns:
         ``[B D]``, or ``[N D]`` if packed, ``[N 64D]`` as a profile; zero for a sequence without
         tokens.
+
+    Raises:
+        ValueError: If ``x`` is a slice of time.
     """
+    refuse_slice(pooling=how)
     B, T = x.shape[:2]
     padding = find_padding(attention_mask, B, T)
     if padding is not None:

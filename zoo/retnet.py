@@ -12,6 +12,7 @@ from statezoo.zoo.attention import positions, rotate
 from statezoo.zoo.heads import head_width
 from statezoo.zoo.mixer import Mixer, State, state_bytes
 from statezoo.zoo.norm import RMSNorm
+from statezoo.zoo.slices import tokens_before
 
 
 class RetNetState(NamedTuple):
@@ -77,6 +78,7 @@ class RetNet(Mixer):
         """Write and read the memories, ``[B T H V]``."""
         S, seen = state or (None, None)
         v = self.v_proj(x).unflatten(-1, (-1, self.V))
+        seen = tokens_before(v, cu_seqlens) if seen is None else seen
         position = positions(v, seen, cu_seqlens)
         q, k = (
             rotate(y.unflatten(-1, (-1, self.K)), position, self.rope_base).to(v.dtype)

@@ -11,6 +11,7 @@ from statezoo.zoo.auxiliary import add_auxiliary
 from statezoo.zoo.config import StateZooConfig
 from statezoo.zoo.loss import IGNORE
 from statezoo.zoo.model import StateZooModel, StateZooPreTrainedModel, StreamOutput
+from statezoo.zoo.slices import refuse_slice
 
 
 class StateZooForTokenClassification(StateZooPreTrainedModel):
@@ -66,6 +67,7 @@ class StateZooForTokenClassification(StateZooPreTrainedModel):
             ValueError: If arguments exclude each other or shapes disagree.
             TypeError: If an argument is unknown.
         """
+        refuse_slice(labels=labels)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -19,6 +19,7 @@ from statezoo.zoo.model import (
     StreamOutput,
 )
 from statezoo.zoo.pooling import TERMS, pool
+from statezoo.zoo.slices import refuse_slice
 from statezoo.zoo.strands import head_of_both
 from statezoo.zoo.tagging import StateZooForTokenClassification, scored_labels
 
@@ -78,6 +79,7 @@ class StateZooForMaskedLM(StateZooPreTrainedModel):
             ValueError: If arguments exclude each other or shapes disagree.
             TypeError: If an argument is unknown.
         """
+        refuse_slice(labels=labels)
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
