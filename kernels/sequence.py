@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar, Token
 from itertools import pairwise
 from types import TracebackType
 from typing import Literal, NamedTuple
@@ -13,8 +12,36 @@ from torch import Tensor
 
 __all__ = ["Shard", "Traffic", "current", "traffic"]
 
-_current: ContextVar["Shard | None"] = ContextVar("shard", default=None)
+_open: list["Shard"] = []  # of the process: autograd may recompute on threads of its own
 _logs: list[list["Traffic"]] = []
+
+
+class Slice(NamedTuple):
+    """What documents do in a slice of time.
+
+    Attributes:
+        bounds: Bounds of its documents, counted from its first token.
+        before: Tokens of the first on earlier slices.
+        after: Tokens of the last on later slices.
+    """
+
+    bounds: list[int]
+    before: int
+    after: int
+
+    @classmethod
+    def of(cls, bounds: list[int] | None, start: int, stop: int) -> "Slice":
+        """Cut ``start`` to ``stop`` out of the whole; one sequence without end if not packed."""
+        if bounds is None:
+            return cls([0, stop - start], start, 1)
+        last = stop == bounds[-1]  # whose empty documents at the end are this slice's
+        here = [
+            (a, b)
+            for a, b in pairwise(bounds)
+            if (a < stop or last) and (b > start or a == b == start)
+        ]
+        ends = [min(b, stop) - start for _, b in here]
+        return cls([0, *ends], max(start - here[0][0], 0), max(here[-1][1] - stop, 0))
 
 
 class Shard:
@@ -45,6 +72,7 @@ class Shard:
         before: Tokens on earlier slices of the sequence that this slice begins with.
         continues: Whether there are such.
         goes_on: Whether the sequence that this slice ends with has tokens on the next.
+        slices: What the documents do in each slice.
 
     Raises:
         ValueError: On every process, if ``T`` or ``cu_seqlens`` differ between them or do not fit
@@ -73,11 +101,10 @@ class Shard:
         self.T, self.start = T, self.rank * T
         bounds = None if cu_seqlens is None else cu_seqlens.tolist()
         _check(T, bounds, self.group, self.size)
-        self._slices = [_Slice.of(bounds, r * T, (r + 1) * T) for r in range(self.size)]
-        own = self._slices[self.rank]
+        self.slices = [Slice.of(bounds, r * T, (r + 1) * T) for r in range(self.size)]
+        own = self.slices[self.rank]
         self.before, self.continues, self.goes_on = own.before, own.before > 0, own.after > 0
         self.cu_seqlens = None if cu_seqlens is None else cu_seqlens.new_tensor(own.bounds)
-        self._tokens: list[Token[Shard | None]] = []
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """Cut this slice out of ``x``, whose axis ``dim`` is the whole time.
@@ -93,7 +120,7 @@ class Shard:
         return x.narrow(dim, self.start, self.T)
 
     def __enter__(self) -> "Shard":
-        self._tokens.append(_current.set(self))
+        _open.append(self)
         return self
 
     def __exit__(
@@ -102,40 +129,12 @@ class Shard:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _current.reset(self._tokens.pop())
-
-
-class _Slice(NamedTuple):
-    """What documents do in a slice of time.
-
-    Attributes:
-        bounds: Bounds of its documents, counted from its first token.
-        before: Tokens of the first on earlier slices.
-        after: Tokens of the last on later slices.
-    """
-
-    bounds: list[int]
-    before: int
-    after: int
-
-    @classmethod
-    def of(cls, bounds: list[int] | None, start: int, stop: int) -> "_Slice":
-        """Cut ``start`` to ``stop`` out of the whole; one sequence without end if not packed."""
-        if bounds is None:
-            return cls([0, stop - start], start, 1)
-        last = stop == bounds[-1]  # whose empty documents at the end are this slice's
-        here = [
-            (a, b)
-            for a, b in pairwise(bounds)
-            if (a < stop or last) and (b > start or a == b == start)
-        ]
-        ends = [min(b, stop) - start for _, b in here]
-        return cls([0, *ends], max(start - here[0][0], 0), max(here[-1][1] - stop, 0))
+        _open.pop()
 
 
 def current() -> Shard | None:
-    """Return the shard whose ``with`` is open, if any."""
-    return _current.get()
+    """Return the shard whose ``with`` was opened last and is open, if any."""
+    return _open[-1] if _open else None
 
 
 class Traffic(NamedTuple):

@@ -1,13 +1,16 @@
 """Short causal convolution of every channel on its own, with its inputs carried as state."""
 
+from functools import partial
 from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from statezoo.kernels._dispatch import Backend, accumulator, resolve
+from statezoo.kernels._exchange import on_slice
 from statezoo.kernels._varlen import check_packing, check_state, n_sequences
-from statezoo.kernels.causal_conv1d import _op, reference
+from statezoo.kernels.causal_conv1d import _op, reference, sequence
+from statezoo.kernels.sequence import current
 
 __all__ = ["causal_conv1d"]
 
@@ -61,10 +64,18 @@ def causal_conv1d(
     check_state("causal_conv1d", initial_state, shape)
     S0 = x.new_zeros(shape) if initial_state is None else initial_state
     S0 = S0.to(accumulator(x, weight, bias, initial_state))
-    silu, name = activation == "silu", resolve(backend, x)
+    args = (x, weight, bias, activation == "silu", S0, cu_seqlens)
+    local, shard = partial(_run, resolve(backend, x)), current()
+    return local(*args) if shard is None else on_slice(sequence.run, shard, *args, local)
+
+
+def _run(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, S0: Tensor,
+    cu: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if name == "reference":
-        return reference.run(x, weight, bias, silu, S0, cu_seqlens)
-    y, S = _op.op(x, weight, bias, silu, S0, cu_seqlens, name)
+        return reference.run(x, weight, bias, silu, S0, cu)
+    y, S = _op.op(x, weight, bias, silu, S0, cu, name)
     return y, S
 
 

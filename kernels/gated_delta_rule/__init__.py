@@ -1,12 +1,16 @@
 """Error-correcting key-value memory: DeltaNet, Gated DeltaNet, DeltaProduct, KDA."""
 
+from functools import partial
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from statezoo.kernels._dispatch import Backend, accumulator, resolve
+from statezoo.kernels._exchange import on_slice
 from statezoo.kernels._varlen import check_packing, check_state, n_sequences
-from statezoo.kernels.gated_delta_rule import _op, reference
+from statezoo.kernels.gated_delta_rule import _op, reference, sequence
+from statezoo.kernels.sequence import current
 
 __all__ = ["gated_delta_rule", "l2_norm"]
 
@@ -77,10 +81,18 @@ def gated_delta_rule(
     scale = K**-0.5 if scale is None else scale
     if k.ndim == 4:
         k, v, beta = k.unsqueeze(2), v.unsqueeze(2), beta.unsqueeze(2)
-    name = resolve(backend, q)
+    args = (q, k, v, beta, g, scale, S0, cu_seqlens)
+    local, shard = partial(_run, resolve(backend, q)), current()
+    return local(*args) if shard is None else on_slice(sequence.run, shard, *args, local)
+
+
+def _run(
+    name: str, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor | None, scale: float,
+    S0: Tensor, cu: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if name == "reference":
-        return reference.run(q, k, v, beta, g, scale, S0, cu_seqlens)
-    o, S, _ = _op.op(q, k, v, beta, g, scale, S0, cu_seqlens, name)
+        return reference.run(q, k, v, beta, g, scale, S0, cu)
+    o, S, _ = _op.op(q, k, v, beta, g, scale, S0, cu, name)
     return o, S
 
 

@@ -1,11 +1,15 @@
 """Additive key-value memory with decay: linear attention, RetNet, Mamba-2 (SSD), GLA, HGRN2."""
 
+from functools import partial
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from statezoo.kernels._dispatch import Backend, accumulator, resolve
+from statezoo.kernels._exchange import on_slice
 from statezoo.kernels._varlen import check_packing, check_state, n_sequences
-from statezoo.kernels.gated_linear_attention import _op, reference
+from statezoo.kernels.gated_linear_attention import _op, reference, sequence
+from statezoo.kernels.sequence import current
 
 __all__ = ["gated_linear_attention"]
 
@@ -65,10 +69,18 @@ def gated_linear_attention(
     S0 = v.new_zeros(N, Hv, K, V) if initial_state is None else initial_state
     S0 = S0.to(accumulator(q, k, v, g, initial_state))
     scale = K**-0.5 if scale is None else scale
-    name = resolve(backend, q)
+    args = (q, k, v, g, scale, S0, cu_seqlens)
+    local, shard = partial(_run, resolve(backend, q)), current()
+    return local(*args) if shard is None else on_slice(sequence.run, shard, *args, local)
+
+
+def _run(
+    name: str, q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, S0: Tensor,
+    cu: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if name == "reference":
-        return reference.run(q, k, v, g, scale, S0, cu_seqlens)
-    o, S, _ = _op.op(q, k, v, g, scale, S0, cu_seqlens, name)
+        return reference.run(q, k, v, g, scale, S0, cu)
+    o, S, _ = _op.op(q, k, v, g, scale, S0, cu, name)
     return o, S
 
 

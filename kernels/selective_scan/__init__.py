@@ -1,11 +1,15 @@
 """Selective scan: diagonal recurrences, a decay per channel and state (Mamba-1, S4D, S6)."""
 
+from functools import partial
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from statezoo.kernels._dispatch import Backend, accumulator, resolve
+from statezoo.kernels._exchange import on_slice
 from statezoo.kernels._varlen import check_packing, check_state, n_sequences
-from statezoo.kernels.selective_scan import _op, reference
+from statezoo.kernels.selective_scan import _op, reference, sequence
+from statezoo.kernels.sequence import current
 
 __all__ = ["selective_scan"]
 
@@ -66,10 +70,18 @@ def selective_scan(
     check_state("selective_scan", initial_state, shape)
     h0 = x.new_zeros(shape) if initial_state is None else initial_state
     h0 = h0.to(accumulator(x, dt, A, B, C, D, initial_state))
-    name = resolve(backend, x)
+    args = (x, dt, A, B, C, D, negative_eigenvalues, h0, cu_seqlens)
+    local, shard = partial(_run, resolve(backend, x)), current()
+    return local(*args) if shard is None else on_slice(sequence.run, shard, *args, local)
+
+
+def _run(
+    name: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    negative: bool, h0: Tensor, cu: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if name == "reference":
-        return reference.run(x, dt, A, B, C, D, negative_eigenvalues, h0, cu_seqlens)
-    y, h, _ = _op.op(x, dt, A, B, C, D, negative_eigenvalues, h0, cu_seqlens, name)
+        return reference.run(x, dt, A, B, C, D, negative, h0, cu)
+    y, h, _ = _op.op(x, dt, A, B, C, D, negative, h0, cu, name)
     return y, h
 
 
