@@ -6,8 +6,11 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 
+from statezoo.datamodules.decomposition import PieceLoader
 from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.streams import StreamLoader
 
 __all__ = ["SplitData", "check_tokenizer"]
 
@@ -22,12 +25,16 @@ class SplitData(LightningDataModule):
         seed: Draws the order of training.
         num_workers: Processes that prepare batches; 0 prepares them in the training process.
         loader: Kind of the loaders.
+        packing: How windows are cut; ``decomposed`` trains on pieces of power-of-two length.
+        carry: Train on windows in order, in parallel streams, for states that are carried.
     """
 
     batch_size: int
     seed: int
     num_workers: int
     loader: ClassVar[type[SeekableLoader]] = SeekableLoader
+    packing: str = "windows"
+    carry: bool = False
 
     @abstractmethod
     def windows(self, split: str) -> Any:
@@ -38,7 +45,11 @@ class SplitData(LightningDataModule):
         trainer = self.trainer
         shuffle = trainer is None or not trainer.overfit_batches  # type: ignore[attr-defined]
         epoch = 0 if trainer is None else trainer.current_epoch
-        loader = self.load(self.windows("train"), shuffle=shuffle, epoch=epoch)
+        kind = PieceLoader if self.packing == "decomposed" else self.loader
+        kind = StreamLoader if self.carry else kind
+        loader = self.load(self.windows("train"), shuffle=shuffle, epoch=epoch, kind=kind)
+        if isinstance(loader, PieceLoader) and self.tells():
+            rank_zero_info(loader.describe())
         if shuffle:
             loader = self.staged(loader)
             if trainer is not None:
@@ -62,12 +73,19 @@ class SplitData(LightningDataModule):
         """Return the same as for the test."""
         return self.test_dataloader()
 
-    def load(self, windows: Any, *, shuffle: bool = False, epoch: int = 0) -> SeekableLoader:
+    def load(
+        self,
+        windows: Any,
+        *,
+        shuffle: bool = False,
+        epoch: int = 0,
+        kind: type[SeekableLoader] | None = None,
+    ) -> SeekableLoader:
         """Make a loader of this process's part of each batch."""
         trainer = self.trainer
         # The strategy says it, as in some of them processes share their windows.
         part = (None if trainer is None else trainer.distributed_sampler_kwargs) or {}
-        return self.loader(
+        return (kind or self.loader)(
             windows,
             self.batch_size,
             shuffle=shuffle,

@@ -28,6 +28,8 @@ class Batch(TypedDict):
             differ.
         n_bytes: int64 scalar, what the scored targets stand for: bytes of text, bases, notes; the
             data module names it, ``unit``.
+        starts: ``[B]`` bool, rows that do not go on where they ended in the batch before; only
+            where states are carried. A packed batch has as many rows, of equal length.
         weights: ``[B T]`` float32, what each target counts in the training loss. Validation counts
             all alike, and logs those of weight 1 beside.
         labels: ``[B]`` int64 classes, one per sequence (``[N]`` if packed), ``IGNORE`` if unknown;
@@ -45,6 +47,7 @@ class Batch(TypedDict):
     cu_seqlens: NotRequired[Tensor]
     attention_mask: NotRequired[Tensor]
     n_bytes: NotRequired[Tensor]
+    starts: NotRequired[Tensor]
     weights: NotRequired[Tensor]
     labels: NotRequired[Tensor]
     ids: NotRequired[list[str]]

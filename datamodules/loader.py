@@ -76,17 +76,29 @@ class SeekableLoader:
             raise ValueError(
                 f"SeekableLoader needs 0 <= rank < world_size={world_size}, got rank={rank}."
             )
-        self.windows, self.batch_size = windows, batch_size
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.shuffle, self.seed = shuffle, seed
         self.num_workers = num_workers
-        self.rank, self.world_size = rank, world_size
-        self.epoch_length = -(-len(windows) // (batch_size * world_size))
+        self.windows = self.arrange(windows)
+        self.epoch_length = self.count_batches()
         self.length = self.epoch_length
         self.done = epoch * self.epoch_length
         """Batches handed out since the run began."""
         self.pass_end = self.done
         self._resumed = False
         self._order: tuple[int, int, NDArray[np.int64]] | None = None
+
+    def arrange(self, windows: Windows) -> Windows:
+        """Return what is read when these windows are given: themselves, unless a kind differs."""
+        return windows
+
+    def count_batches(self) -> int:
+        """Count the batches of an epoch."""
+        return -(-len(self.windows) // (self.batch_size * self.world_size))
+
+    def layout(self) -> dict[str, Any] | None:
+        """Describe what an order depends on beside seed, epoch and sizes; None for nothing."""
+        return None
 
     def __len__(self) -> int:
         return self.length
@@ -156,8 +168,10 @@ class SeekableLoader:
         return shift, np.concatenate([order, np.resize(order, missing)])
 
     def state_dict(self) -> dict[str, Any]:
-        """Position as plain numbers, the same on every rank."""
-        return {"done": self.done, "pass_end": self.pass_end, "epoch_length": self.epoch_length}
+        """Position as plain numbers, the same on every rank, and what it is a position in."""
+        state = {"done": self.done, "pass_end": self.pass_end, "epoch_length": self.epoch_length}
+        layout = self.layout()
+        return state if layout is None else state | {"layout": layout}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the batches that ``state`` counts as read.
@@ -165,6 +179,13 @@ class SeekableLoader:
         Raises:
             ValueError: If the data, the batch size or the stages are not those of the saved run.
         """
+        if (layout := state.get("layout")) != self.layout():
+            had, has = (x or "windows in random order" for x in (layout, self.layout()))
+            raise ValueError(
+                f"The checkpoint was made with {had}, this run has {has}: resume with the same "
+                "data.packing, data.carry and data.decomposition, or start a new run from the "
+                "checkpoint's weights."
+            )
         if state["epoch_length"] != self.epoch_length:
             raise ValueError(
                 f"The checkpoint was made with {state['epoch_length']} batches per epoch, now "

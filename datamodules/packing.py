@@ -83,6 +83,11 @@ class Windows:
         stride = self.seq_len - self.context
         return 1 + max(0, -(-(self.size - self.seq_len) // stride))
 
+    def begins(self, shift: int, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """``[B]`` whether a window's state does not come from the window of the number before."""
+        first = np.isin((windows * (self.seq_len - self.context) + shift) % self.size, self.bounds)
+        return (windows <= 0) | first & self.packed
+
     def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
         """The windows ``index[1]`` of the stream that begins, cyclically, at ``index[0]``.
 

@@ -115,6 +115,10 @@ class StagedLoader(SeekableLoader):
         passes = (divmod(step, steps_per_pass) for step in self.first_steps)
         return [whole * self.length + rest * self.accumulate for whole, rest in passes]
 
+    def layout(self) -> dict[str, Any] | None:
+        """Describe the order within each stage as its loader does."""
+        return self.loaders[-1].layout()
+
     def read(self, numbers: range) -> Iterator[Batch]:
         """Batches of these numbers, counted from the beginning of the run."""
         bounds = [*self.first_batches(), max(numbers.stop, 1 << 62)]

@@ -10,6 +10,13 @@ import numpy as np
 
 from statezoo.datamodules.base import SplitData, check_tokenizer
 from statezoo.datamodules.corpus import SPLITS, RawText, Tokens, cut_text, read_text, tokenize
+from statezoo.datamodules.decomposition import (
+    DECOMPOSITION,
+    ONE_LENGTH,
+    Decomposition,
+    DocumentPieces,
+    check_decomposed,
+)
 from statezoo.datamodules.loader import SeekableLoader
 from statezoo.datamodules.ngram import baselines
 from statezoo.datamodules.packing import Windows
@@ -51,7 +58,12 @@ class Text(SplitData):
         batch_size: Windows per batch and process.
         packing: ``stream`` lets the state run on from one document to the next within a window,
             ``documents`` resets it: batches then are ``[1, batch_size * seq_len]`` with
-            ``cu_seqlens``.
+            ``cu_seqlens``. ``decomposed`` trains on pieces of documents of power-of-two length up
+            to ``seq_len``, a batch has as many tokens of one length, and validates as
+            ``documents``.
+        decomposition: The other lengths of ``decomposed``, and the order.
+        carry: Train on ``batch_size`` streams of the text in order, for a state that is carried
+            from window to window, so that a model learns from more than ``seq_len`` tokens.
         val_fraction: Part of the text to validate on, whole documents where they allow it.
         test_fraction: Part of the text to test on.
         val_context: Tokens at the beginning of each validation window that repeat the end of the
@@ -75,7 +87,9 @@ class Text(SplitData):
         *,
         seq_len: int = 256,
         batch_size: int = 16,
-        packing: Literal["documents", "stream"] = "stream",
+        packing: Literal["documents", "stream", "decomposed"] = "stream",
+        decomposition: Decomposition = DECOMPOSITION,
+        carry: bool = False,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         val_context: int = 0,
@@ -87,12 +101,13 @@ class Text(SplitData):
         super().__init__()
         self.path, self.text_field, self.max_bytes = path, text_field, max_bytes
         self.seq_len, self.batch_size, self.packing = seq_len, batch_size, packing
+        self.decomposition, self.carry = decomposition, carry
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.val_context, self.seed, self.num_workers = val_context, seed, num_workers
         self._check_settings()
         self.source = source_for(path, text_field)
         self._raw: RawText | None = None
-        self._windows: dict[str, Windows] = {}
+        self._windows: dict[str, Windows | DocumentPieces] = {}
         self.warmup: Warmup | None = None
         """How training windows grow to ``seq_len``; None where they have it from the beginning."""
         self._tokenizer = None if tokenizer == Characters.kind else load_tokenizer(tokenizer)
@@ -142,17 +157,30 @@ class Text(SplitData):
             )
         for name, part in parts.items():
             if sizes[name]:
-                self._windows[name] = Windows(
-                    tokens.ids,
-                    part,
-                    seq_len=seq_len,
-                    bos_id=self.tokenizer.bos_id,
-                    packed=self.packing == "documents",
-                    context=0 if name == "train" else min(self.val_context, seq_len - 1),
-                    lengths=tokens.lengths,
-                )
+                self._windows[name] = self._cut(name, tokens, part, seq_len)
 
-    def windows(self, split: str) -> Windows | None:
+    def _cut(self, split: str, tokens: Tokens, part: Any, seq_len: int) -> Windows | DocumentPieces:
+        if self.packing == "decomposed" and split == "train":
+            return DocumentPieces(
+                tokens.ids,
+                part,
+                seq_len=self.seq_len,
+                bos_id=self.tokenizer.bos_id,
+                settings=self.decomposition,
+                seed=self.seed,
+                lengths=tokens.lengths,
+            )
+        return Windows(
+            tokens.ids,
+            part,
+            seq_len=seq_len,
+            bos_id=self.tokenizer.bos_id,
+            packed=self.packing != "stream",
+            context=0 if split == "train" else min(self.val_context, seq_len - 1),
+            lengths=tokens.lengths,
+        )
+
+    def windows(self, split: str) -> Windows | DocumentPieces | None:
         """Windows of a split: the training stream's move each epoch, others keep their places."""
         self.setup()
         return self._windows.get(split)
@@ -167,9 +195,11 @@ class Text(SplitData):
         """The training split in windows of another length, after ``setup``.
 
         Raises:
-            ValueError: If it is shorter.
+            ValueError: If it is shorter, or decomposed.
         """
         windows = copy.copy(self._windows["train"])
+        if isinstance(windows, DocumentPieces):
+            raise ValueError(ONE_LENGTH)
         if windows.size < seq_len:
             raise ValueError(
                 f"{self.source.name} has only {windows.size} tokens to train on, windows of "
@@ -223,8 +253,12 @@ class Text(SplitData):
                 )
         if self.max_bytes is not None and self.max_bytes < 2:
             raise ValueError(f"Text needs max_bytes of at least 2, got {self.max_bytes}.")
-        if self.packing not in ("documents", "stream"):
-            raise ValueError(f"Text needs packing 'documents' or 'stream', got {self.packing!r}.")
+        if self.packing not in ("documents", "stream", "decomposed"):
+            raise ValueError(
+                f"Text needs packing 'documents', 'stream' or 'decomposed', got {self.packing!r}."
+            )
+        if self.packing == "decomposed":
+            check_decomposed(self.decomposition, self.seq_len, self.carry)
         val, test = self.val_fraction, self.test_fraction
         if not (val > 0 and test >= 0 and val + test < 1):
             raise ValueError(

@@ -11,6 +11,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from statezoo.datamodules.base import SplitData, check_tokenizer
+from statezoo.datamodules.decomposition import (
+    DECOMPOSITION,
+    ONE_LENGTH,
+    Decomposition,
+    check_decomposed,
+)
 from statezoo.datamodules.dna.baselines import baselines
 from statezoo.datamodules.dna.intervals import Region
 from statezoo.datamodules.dna.scan import Scan, scan
@@ -18,7 +24,7 @@ from statezoo.datamodules.dna.sequence import to_codes
 from statezoo.datamodules.dna.source import Sequences, open_genome
 from statezoo.datamodules.dna.splits import split_genome
 from statezoo.datamodules.dna.tokenizers import DNATokenizer, dna_tokenizer
-from statezoo.datamodules.dna.windows import GenomeWindows, Task
+from statezoo.datamodules.dna.windows import GenomePieces, GenomeWindows, Task
 from statezoo.datamodules.loader import SeekableLoader
 from statezoo.datamodules.stages import Warmup
 from statezoo.datamodules.tokenizers import tokenizer_from_state
@@ -57,6 +63,11 @@ class DNA(SplitData):
         test_fraction: The same for the test, after the part for validation.
         seq_len: Tokens per window; bases, with ``characters``.
         batch_size: Windows per batch and process.
+        packing: ``windows`` have ``seq_len`` tokens; ``decomposed`` trains on pieces of
+            power-of-two length up to it, a batch has as many tokens of one length.
+        decomposition: The other lengths of ``decomposed``, and the order.
+        carry: Train on ``batch_size`` streams of the genome in order, for a state that is carried
+            from window to window of a region.
         val_context: Tokens at the beginning of each validation window that repeat the end of the
             one before and are not scored.
         rc_augment: Read half of the training windows from the other strand.
@@ -85,6 +96,9 @@ class DNA(SplitData):
         test_fraction: float = 0.0,
         seq_len: int = 1024,
         batch_size: int = 8,
+        packing: Literal["windows", "decomposed"] = "windows",
+        decomposition: Decomposition = DECOMPOSITION,
+        carry: bool = False,
         val_context: int = 0,
         rc_augment: bool = False,
         soft_mask_weight: float = 1.0,
@@ -97,6 +111,7 @@ class DNA(SplitData):
         self.val_contigs, self.test_contigs = val_contigs, test_contigs
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.seq_len, self.batch_size, self.val_context = seq_len, batch_size, val_context
+        self.packing, self.decomposition, self.carry = packing, decomposition, carry
         self.rc_augment, self.soft_mask_weight = rc_augment, soft_mask_weight
         self.mask_fraction, self.seed, self.num_workers = mask_fraction, seed, num_workers
         self._check_settings()
@@ -154,6 +169,7 @@ class DNA(SplitData):
         windows = self._windows.get(split)
         if windows is not None:
             windows.rc = self.rc_augment and split == "train"
+            windows.masked |= self.carry and split == "train"
         return windows
 
     def staged(self, loader: SeekableLoader) -> SeekableLoader:
@@ -166,10 +182,13 @@ class DNA(SplitData):
         """The training split in windows of another length, after ``setup``.
 
         Raises:
-            ValueError: If no region is as long.
+            ValueError: If no region is as long, or they are decomposed.
         """
+        if self.packing == "decomposed":
+            raise ValueError(ONE_LENGTH)
         windows = self._cut("train", seq_len)
         windows.rc = self.rc_augment
+        windows.masked |= self.carry
         if windows.lengths.max() < windows.width:
             raise ValueError(
                 f"{self.genome.title}: the longest region to train on has {windows.lengths.max()} "
@@ -238,6 +257,16 @@ class DNA(SplitData):
                 )
         if self.objective not in ("causal", "masked"):
             raise ValueError(f"DNA needs objective 'causal' or 'masked', got {self.objective!r}.")
+        if self.packing not in ("windows", "decomposed"):
+            raise ValueError(f"DNA needs packing 'windows' or 'decomposed', got {self.packing!r}.")
+        if self.packing == "decomposed":
+            check_decomposed(self.decomposition, self.seq_len, self.carry)
+        if self.carry and (self.rc_augment or self.objective != "causal"):
+            raise ValueError(
+                "DNA needs objective 'causal' and no rc_augment to carry a state along the "
+                f"sequence, got {self.objective!r} and rc_augment={self.rc_augment}: set carry to "
+                "false, or these."
+            )
         val, test = self.val_fraction, self.test_fraction
         if not (val >= 0 and test >= 0 and val + test < 1):
             raise ValueError(
@@ -292,15 +321,12 @@ class DNA(SplitData):
             )
 
     def _cut(self, split: str, seq_len: int) -> GenomeWindows:
-        return GenomeWindows(
-            self.genome,
-            self.scans[split].regions,
-            self.tokenizer,
-            seq_len,
-            context=0 if split == "train" else self.val_context,
-            movable=split == "train",
-            task=Task(self.objective, self.mask_fraction, self.soft_mask_weight, self.seed),
-        )
+        task = Task(self.objective, self.mask_fraction, self.soft_mask_weight, self.seed)
+        what = self.genome, self.scans[split].regions, self.tokenizer, seq_len
+        if split == "train" and self.packing == "decomposed":
+            return GenomePieces(*what, self.decomposition, task)
+        context = 0 if split == "train" else self.val_context
+        return GenomeWindows(*what, context=context, movable=split == "train", task=task)
 
 
 def _length(region: Region) -> int:

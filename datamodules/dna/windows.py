@@ -14,12 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from statezoo.datamodules.batch import IGNORE, Batch
+from statezoo.datamodules.decomposition import Buckets, Decomposition
 from statezoo.datamodules.dna.fasta import Genome
 from statezoo.datamodules.dna.intervals import Region
 from statezoo.datamodules.dna.sequence import reverse_complement
 from statezoo.datamodules.dna.tokenizers import DNATokenizer
 
-__all__ = ["GenomeWindows", "Task"]
+__all__ = ["GenomePieces", "GenomeWindows", "Task"]
 
 _MANY = 16  # windows of a region from which one more is spent on moving the bounds freely
 _EMPTY = np.zeros(0, dtype=np.uint8)
@@ -73,6 +74,7 @@ class GenomeWindows:
     Attributes:
         size: Bases of all regions.
         rc: Read half of the windows from the other strand.
+        masked: Say in ``attention_mask`` what fills rows up, so that no state sees it.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class GenomeWindows:
             )
         self.genome, self.tokenizer, self.task = genome, tokenizer, task or Task()
         self.rc = False
+        self.masked = self.task.objective == "masked"
         self.contigs = [region.contig for region in regions]
         self.starts = np.array([region.start for region in regions], dtype=np.int64)
         self.lengths = np.array([region.stop for region in regions], dtype=np.int64) - self.starts
@@ -120,6 +123,10 @@ class GenomeWindows:
         start = 0 if number == 0 else min(first + (number - 1) * self.stride, length)
         return i, start, min(first + number * self.stride, length)
 
+    def begins(self, shift: int, windows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """``[B]`` whether a window is the first of its region, at any shift."""
+        return (windows <= 0) | np.isin(windows, self.ends)
+
     def __getitem__(self, index: tuple[int, list[int]]) -> Batch:
         """The windows ``index[1]``, their bounds moved by ``index[0]``; -1 is an empty one."""
         shift, windows = index
@@ -144,7 +151,7 @@ class GenomeWindows:
         )
         if self.task.soft_mask_weight != 1:
             batch["weights"] = torch.from_numpy(weights)
-        if self.task.objective == "masked" and not mask.all():
+        if self.masked and not mask.all():
             mask[:, 0] = 1  # a row of fillers alone still needs something to read
             batch["attention_mask"] = torch.from_numpy(mask)
         return batch
@@ -222,3 +229,43 @@ class GenomeWindows:
         chosen = np.zeros(len(ids), dtype=np.bool_)
         chosen[at] = True
         return tokens, chosen
+
+
+class GenomePieces(GenomeWindows):
+    """Batches of pieces of power-of-two length of some regions, as ``PieceLoader`` asks for.
+
+    With k-mers a piece of ``n`` tokens holds ``n * k`` bases.
+
+    Args:
+        genome: The contigs.
+        regions: What belongs to this split, apart from each other; each is a document.
+        tokenizer: Makes the ids.
+        seq_len: Tokens of the longest pieces.
+        settings: The other lengths, and the order.
+        task: What the targets are.
+
+    Raises:
+        ValueError: If no region is long enough for a piece.
+    """
+
+    def __init__(
+        self,
+        genome: Genome,
+        regions: Sequence[Region],
+        tokenizer: DNATokenizer,
+        seq_len: int,
+        settings: Decomposition,
+        task: Task,
+    ) -> None:
+        super().__init__(genome, regions, tokenizer, seq_len, task=task)
+        sizes = self.lengths // tokenizer.bases_per_token
+        self.buckets = Buckets(sizes, seq_len, settings, task.seed)
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+    def bounds(self, shift: int, window: int) -> tuple[int, int, int]:
+        """Region of a piece, and its first and past-the-last base within the region."""
+        width, buckets = self.tokenizer.bases_per_token, self.buckets
+        start = int(buckets.offset[window]) * width
+        return int(buckets.document[window]), start, start + buckets.length(window) * width
