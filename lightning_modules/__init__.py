@@ -14,28 +14,35 @@ from statezoo.lightning_modules.classify import MultiLabelClassifier, SequenceCl
 from statezoo.lightning_modules.length_warmup import LengthWarmup
 from statezoo.lightning_modules.linearize import Linearize
 from statezoo.lightning_modules.masked_lm import MaskedLM
+from statezoo.lightning_modules.micro_batches import MicroBatches
 from statezoo.lightning_modules.network import export, export_checkpoint, load_network
 from statezoo.lightning_modules.note_frames import NoteFrames
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.regress import Regressor
+from statezoo.lightning_modules.sequence_parallel import SequenceParallel
+from statezoo.lightning_modules.speed import ActivationCheckpointing, Compile
 from statezoo.lightning_modules.tag import TokenClassifier
 from statezoo.lightning_modules.task import Task
 from statezoo.lightning_modules.tuning import Adapter
 
 __all__ = [
     "ARCHITECTURES",
+    "ActivationCheckpointing",
     "Adapter",
     "CausalLM",
     "CheckpointError",
+    "Compile",
     "Hybrid",
     "LengthWarmup",
     "Linearize",
     "MaskedLM",
+    "MicroBatches",
     "MultiLabelClassifier",
     "NoteFrames",
     "Optim",
     "Regressor",
     "SequenceClassifier",
+    "SequenceParallel",
     "Task",
     "TokenClassifier",
     "apply_adapter",

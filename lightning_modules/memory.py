@@ -20,7 +20,7 @@ from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.task import Task
 from statezoo.zoo.auxiliary import auxiliary_loss
 
-__all__ = ["Footprint", "available_bytes", "gigabytes", "measure"]
+__all__ = ["Footprint", "available_bytes", "gigabytes", "gradients_dropped", "measure", "peak"]
 
 MARGIN = 1.3
 """What the peak of live tensors is multiplied by, for what no one sees: working space within
@@ -110,9 +110,9 @@ def measure(
     rng, was = ckpt.rng_state(), module.training
     module.train()
     try:
-        with _gradients_dropped(trained):
+        with gradients_dropped(trained):
             one, two, longer = (
-                _peak(module, trainer, batch_at(rows, tokens))
+                peak(module, trainer, batch_at(rows, tokens))
                 for rows, tokens in ((1, length), (2, length), (1, 2 * length))
             )
     finally:
@@ -130,7 +130,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _gradients_dropped(parameters: Sequence[nn.Parameter]) -> Any:
+def gradients_dropped(parameters: Sequence[nn.Parameter]) -> Any:
     """Let go of each gradient as soon as it is whole: their bytes are known without measuring."""
 
     def drop(parameter: Tensor) -> None:
@@ -144,7 +144,7 @@ def _gradients_dropped(parameters: Sequence[nn.Parameter]) -> Any:
             hook.remove()
 
 
-def _peak(module: Task, trainer: Trainer, batch: Batch) -> int:
+def peak(module: Task, trainer: Trainer, batch: Batch) -> int:
     """Bytes of the tensors of one step, at the moment when they are most."""
     batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     given = [x for x in batch.values() if isinstance(x, Tensor)]
