@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from statezoo.kernels._exchange import on_slice
 from statezoo.kernels._varlen import check_bounds, check_packing, n_sequences, segment_ids
+from statezoo.kernels.attention import sequence
+from statezoo.kernels.sequence import Shard, current
 
 __all__ = ["KV", "attention", "empty"]
 
@@ -63,7 +66,8 @@ def attention(
         sinks: How many first tokens of each sequence stay visible beyond the window.
         cu_seqlens: Bounds ``0 .. T`` of sequences packed along ``T``; needs ``B = 1``.
         past: What an earlier call with the same ``window`` and ``sinks`` returned, or
-            :func:`empty`.
+            :func:`empty`. Not inside a :class:`~statezoo.kernels.sequence.Shard`, where the keys
+            and values of all slices are gathered, with a window too.
 
     Returns:
         Outputs in the dtype of ``v``, and the past for the next call (``None`` if packed without
@@ -89,14 +93,55 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if past is not None:
         _check_past(k, v, past, N, window, sinks)
-    if cu_seqlens is None:
-        if past is None:
-            start = torch.zeros(N, dtype=torch.long, device=q.device)
-            return _fresh(q, k, v, scale, window, sinks), _keep(
-                KV(k[:, :0], v[:, :0], start), k, v, start + T, window, sinks
-            )
-        o = _continue(q, k, v, past, scale, window, sinks)
-        return o, _keep(past, k, v, past.length + T, window, sinks)
+    if (shard := current()) is not None:
+        return _on_slice(shard, q, k, v, scale, window, sinks, cu_seqlens, past)
+    if cu_seqlens is not None:
+        return _packed(q, k, v, scale, window, sinks, cu_seqlens, past)
+    if past is None:
+        return _from_start(q, k, v, scale, window, sinks)
+    o = _continue(q, k, v, past, scale, window, sinks)
+    return o, _keep(past, k, v, past.length + T, window, sinks)
+
+
+def _on_slice(
+    shard: Shard, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: int,
+    cu: Tensor | None, past: KV | None,
+) -> tuple[Tensor, KV | None]:  # fmt: skip
+    """Attend from a slice of time: its first sequence began on an earlier one, maybe."""
+    if past is not None:
+        raise ValueError(
+            "attention goes on from a past on one process only: leave the Shard, or give no past."
+        )
+    k, v, n = on_slice(sequence.gather, shard, q, k, v, cu)
+    if cu is None:
+        return _from_start(q, k, v, scale, window, sinks)
+    T, L, parts = q.shape[1], k.shape[1], []
+    if n > 0:
+        seen = L - T + n
+        parts = [_fresh(q[:, :n], k[:, :seen], v[:, :seen], scale, window, sinks)]
+    if n < T:
+        own = (x[:, x.shape[1] - T + n :] for x in (q, k, v))
+        parts += [_packed(*own, scale, window, sinks, cu[1:] - n, None)[0]]
+    return torch.cat(parts, 1), None
+
+
+def _from_start(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: int
+) -> tuple[Tensor, KV]:
+    """Attend to all keys ``[B L *]``, the last of which are the queries' own."""
+    start = torch.zeros(len(q), dtype=torch.long, device=q.device)
+    present = KV(k[:, :0], v[:, :0], start)
+    return _fresh(q, k, v, scale, window, sinks), _keep(
+        present, k, v, start + k.shape[1], window, sinks
+    )
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: int,
+    cu_seqlens: Tensor, past: KV | None,
+) -> tuple[Tensor, KV | None]:  # fmt: skip
+    """Attend within packed sequences, and to the past of each."""
+    T = q.shape[1]
     check_bounds(cu_seqlens, T)
     cu = cu_seqlens.long()
     lengths, own = cu.diff(), segment_ids(cu, T)
@@ -120,6 +165,10 @@ def _visible(query: Tensor, key: Tensor, window: int | None, sinks: int) -> Tens
 
 
 def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    if mask is None and k.shape[1] > q.shape[1]:
+        from torch.nn.attention.bias import causal_lower_right  # slow to import
+
+        mask = causal_lower_right(q.shape[1], k.shape[1])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [N H T *]
     o = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -128,18 +177,18 @@ def _softmax(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None)
 
 
 def _fresh(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sinks: int) -> Tensor:
-    """Attend within sequences that start here; cost grows with ``T * window``."""
-    T = q.shape[1]
-    if window is None or window >= T:
+    """Attend from a sequence's last tokens to all of it; cost grows with ``T * window``."""
+    L = k.shape[1]
+    if window is None or window >= L:
         return _softmax(q, k, v, scale, None)
-    out, block = [], max(window, 128)
-    position = torch.arange(T, device=q.device)
-    for a in range(0, T, block):
-        b, low = min(a + block, T), max(a - window + 1, 0)
+    out, start, block = [], L - q.shape[1], max(window, 128)
+    position = torch.arange(L, device=q.device)
+    for a in range(start, L, block):
+        b, low = min(a + block, L), max(a - window + 1, 0)
         near = [slice(0, min(sinks, low)), slice(low, b)]
         keys, values, at = (torch.cat([x[:, s] for s in near], 1) for x in (k, v, position[None]))
         mask = _visible(position[a:b], at[0], window, sinks)
-        out.append(_softmax(q[:, a:b], keys, values, scale, mask))
+        out.append(_softmax(q[:, a - start : b - start], keys, values, scale, mask))
     return torch.cat(out, 1)
 
 
