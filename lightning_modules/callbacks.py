@@ -1,16 +1,15 @@
-"""What a fit of ours writes and shows: checkpoints, loss curve, Hub folder, baselines."""
+"""What a fit of ours writes and shows: loss curve, Hub folder, baselines."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +31,7 @@ def run_folder(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
-def _trying(trainer: Trainer) -> bool:
+def trying(trainer: Trainer) -> bool:
     """Say whether this is a ``fast_dev_run``, which leaves nothing behind."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
@@ -88,100 +87,13 @@ class ValidateLast(Callback):
             trainer.should_stop = True
 
 
-class Checkpoints(Checkpoint):
-    """Keep the newest state, ``last.ckpt``, and the one that validated best, ``best.ckpt``.
-
-    Either resumes the run exactly where it was. The signal TERM has ``last.ckpt`` written first.
-
-    Args:
-        every_n_steps: Optimiser steps between two writings of ``last.ckpt``; it is written at the
-            end of each epoch and of the run too.
-        monitor: Logged value that is to be small; default is the loss in validation.
-        folder: Where to write; default is the run's folder.
-    """
-
-    def __init__(
-        self, every_n_steps: int = 100, monitor: str | None = None, folder: str | None = None
-    ) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoints.every_n_steps must be at least 1, got {every_n_steps}.")
-        self.every_n_steps, self.monitor, self.folder = every_n_steps, monitor, folder
-        self.best_score = math.inf
-        self.best_model_path = self.last_model_path = ""
-        self._saved_step = 0
-
-    def path(self, trainer: Trainer, name: str) -> str:
-        """Return where a checkpoint is written, the same on all processes."""
-        folder = self.folder or str(run_folder(trainer))
-        return str(Path(trainer.strategy.broadcast(folder)) / f"{name}.ckpt")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not write again what was just read."""
-        self._saved_step = trainer.global_step
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Write ``last.ckpt`` where it is time."""
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 or trainer.should_stop or trainer.is_last_batch
-        if trainer.world_size == 1 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            due = due or trainer.received_sigterm
-        if due and step > self._saved_step and not _trying(trainer):
-            self._saved_step = step
-            self.last_model_path = self.path(trainer, "last")
-            trainer.save_checkpoint(self.last_model_path, weights_only=False)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write ``best.ckpt`` where the value is the smallest so far."""
-        name = self.monitor or f"val/{getattr(pl_module, 'measure', 'nll')}"
-        score = trainer.callback_metrics.get(name)
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return
-        if score is None:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            log.warning(f"no best.ckpt: nothing logs {name!r}; there are {known}")
-            return
-        if float(score) < self.best_score and not _trying(trainer):
-            self.best_score = float(score)
-            self.best_model_path = self.path(trainer, "best")
-            trainer.save_checkpoint(self.best_model_path, weights_only=False)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Say how to go on where the run was stopped from outside."""
-        if isinstance(exception, (KeyboardInterrupt, SystemExit)) and trainer.is_global_zero:
-            folder = Path(self.last_model_path).parent
-            log.warning(
-                f"stopped at step {trainer.global_step}, saved at {self._saved_step}: go on with  "
-                f"statezoo fit --config {folder / 'config.yaml'} --ckpt_path {folder}"
-                if self.last_model_path
-                else f"stopped at step {trainer.global_step}, before the first checkpoint"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best value so far."""
-        return {"best_score": self.best_score, "best_model_path": self.best_model_path}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the best value so far."""
-        self.best_score = state_dict["best_score"]
-        self.best_model_path = state_dict["best_model_path"]
-
-
 class LossCurve(Callback):
     """Draw ``loss.png`` from the logger's ``metrics.csv`` at the end of a fit."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw, where there are numbers."""
         source = run_folder(trainer) / "metrics.csv"
-        if not trainer.is_global_zero or _trying(trainer):
+        if not trainer.is_global_zero or trying(trainer):
             return
         for logger in trainer.loggers:
             logger.save()
@@ -234,7 +146,7 @@ class ExportHub(Callback):
         if not isinstance(pl_module, Task) or type(pl_module.net).__name__ not in NETWORKS:
             return
         target = run_folder(trainer) / self.folder
-        if _trying(trainer) or not trainer.is_global_zero:
+        if trying(trainer) or not trainer.is_global_zero:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         metrics = {

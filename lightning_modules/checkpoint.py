@@ -28,8 +28,16 @@ KEY = "statezoo"
 ``rng``; ``base``, ``tune`` and ``adapter`` of a run from pretrained weights."""
 
 
+RESUMES = ("last.ckpt", "previous.ckpt", "best.ckpt")
+"""Checkpoints that a run leaves and can go on from; the first is the newest."""
+
+
 class CheckpointError(ValueError):
     """A file that cannot be read as a checkpoint, or not for what it was meant for."""
+
+
+class RunStopped(RuntimeError):
+    """What went wrong with a run that could not be helped; the run can go on from a checkpoint."""
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -45,13 +53,16 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{str(path)!r} is no checkpoint, or was cut off: take another of the run's."
         )
-    with zipfile.ZipFile(path) as opened:
-        if sum(part.file_size for part in opened.infolist()) > path.stat().st_size:
+    try:
+        with zipfile.ZipFile(path) as opened:
+            size = sum(part.file_size for part in opened.infolist())
+        if size > path.stat().st_size:
             raise CheckpointError(
                 f"{str(path)!r} would unpack to more than it is: torch never did."
             )
-    try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises many types here, none of which says which file
         reason = str(error).strip().partition("\n")[0][:120]
         raise CheckpointError(f"{str(path)!r} is no readable checkpoint ({reason}).") from error
@@ -59,6 +70,60 @@ def read(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{str(path)!r} is no checkpoint of a Lightning module.")
     _check_parts(content, path)
     return content
+
+
+def read_whole(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint after a look at every byte of it.
+
+    The file says what its parts must add up to, which torch writes and does not compare.
+
+    Raises:
+        CheckpointError: As :func:`read`, and if something was changed since it was written.
+    """
+    path = Path(path)
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as opened:
+                damaged = opened.testzip()
+        except Exception as error:  # of many types, for all that can be wrong with such a file
+            raise CheckpointError(f"{str(path)!r} is damaged ({error}).") from error
+        if damaged is not None:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged: its part {damaged!r} is not what was written."
+            )
+    return read(path)
+
+
+def newest_whole(folder: str | Path) -> tuple[Path, dict[Path, str]]:
+    """Return the checkpoint by which a run goes on: the newest that can be read.
+
+    Returns:
+        The file, and what is wrong with those that are damaged.
+
+    Raises:
+        CheckpointError: If none can be read; says why not.
+    """
+    wrong: dict[Path, str] = {}
+    found: list[tuple[int, Path]] = []
+    for name in RESUMES:
+        path = Path(folder, name)
+        if not path.exists():
+            continue
+        try:
+            step = int(read_whole(path).get("global_step", 0))
+        except (ValueError, OSError) as error:
+            wrong[path] = str(error)
+            continue
+        if name == RESUMES[0]:
+            return path, wrong
+        found.append((step, path))
+    if not found:
+        raise CheckpointError(
+            f"no checkpoint of {str(folder)!r} can be read: "
+            f"{' '.join(wrong.values()) or 'there is none.'} Put back a copy of one, or start a "
+            "new run without --ckpt_path."
+        )
+    return max(found, key=lambda pair: pair[0])[1], wrong
 
 
 def _check_parts(content: Mapping[str, Any], path: Path) -> None:

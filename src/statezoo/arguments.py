@@ -48,11 +48,11 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         "--model.pretrained", lambda v: v if shipped.resolve(v) != v else find_weights(v)
     )
     options.replace("--model.teacher", find_weights)
-    first = "last" if command == "fit" else "best"
-    options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v, first)))
-    checkpoint = next(iter(options.values("--ckpt_path")), None)
-    if checkpoint and checkpoint not in KEYWORDS and not _names_model(options):
-        options.arguments += ["--model", json.dumps(model_of(checkpoint))]
+    if command != "fit":
+        options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v)))
+    asked = next(iter(options.values("--ckpt_path")), None)
+    if asked and asked not in KEYWORDS and not _names_model(options):
+        options.arguments += ["--model", json.dumps(model_of(asked))]
     _check_pretrained(options)
     options.bring_forward(("--config", "-c"), ("--model", "--data"))
     return [command, *options.arguments]
@@ -156,7 +156,7 @@ def find_checkpoint(path: str | Path, first: str = "best") -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        for name in (f"{first}.ckpt", "best.ckpt", "last.ckpt"):
+        for name in (f"{first}.ckpt", "best.ckpt", "last.ckpt", "previous.ckpt"):
             if (path / name).is_file():
                 return path / name
         newest = sorted(path.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)
@@ -197,12 +197,14 @@ def _check_pretrained(options: _Options) -> None:
 
 
 def model_of(checkpoint: str) -> dict[str, Any]:
-    """Return class and arguments of the module that wrote a checkpoint.
+    """Return class and arguments of the module that wrote a checkpoint, or those of a run.
 
     What symbols and classes there are is left to the data.
     """
     from statezoo.lightning_modules import checkpoint as ckpt
 
+    if Path(checkpoint).is_dir():
+        checkpoint = str(ckpt.newest_whole(find_checkpoint(checkpoint, "last").parent)[0])
     content = ckpt.read(checkpoint)
     cls = ckpt.task_class(content, checkpoint)
     given = {k: v for k, v in ckpt.settings(content, checkpoint).items() if k not in OF_DATA}

@@ -17,13 +17,15 @@ from jsonargparse import set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import statezoo.datamodules as datamodules
 import statezoo.lightning_modules as lightning_modules
 from statezoo import arguments as args_
-from statezoo.lightning_modules import callbacks, checkpoint, report, tables
+from statezoo import resume
+from statezoo.lightning_modules import callbacks, checkpoint, checkpoints, report, tables
+from statezoo.lightning_modules.run_log import RunLog
 from statezoo.main import RUN
 from statezoo.parser import FriendlyErrors, fail
 
@@ -105,6 +107,9 @@ class SaveConfig(SaveConfigCallback):
 class StateZooCLI(LightningCLI):
     """The command line of models and data."""
 
+    run_folder: Path | None = None
+    """The run that goes on, where it writes."""
+
     def __init__(self, arguments: Sequence[str]) -> None:
         settings = {"parser_mode": "omegaconf+", "allow_abbrev": False}
         super().__init__(
@@ -130,7 +135,7 @@ class StateZooCLI(LightningCLI):
         parser.add_argument(
             "--name", type=str | None, help="Folder under runs/; default from model and data."
         )
-        parser.add_lightning_class_args(callbacks.Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(checkpoints.Checkpoints, "checkpoints")
         parser.add_lightning_class_args(callbacks.ExportHub, "export")
         parser.link_arguments(
             "data.vocab_size", "model.init_args.vocab_size", apply_on="instantiate"
@@ -181,8 +186,23 @@ class StateZooCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leave the settings as they were given; Lightning would let the checkpoint's win."""
 
+    def _runs(self) -> Path:
+        """Return the folder of the runs of this name."""
+        config = self.config[self.subcommand]
+        classes = (config[part].class_path.rpartition(".")[2] for part in ("model", "data"))
+        name = config.name or "-".join(classes).lower()
+        return Path(config.trainer.default_root_dir or "runs", name)
+
+    def _resume(self) -> None:
+        """Find the checkpoint to go on from, and the run's folder to go on in."""
+        config = self.config.fit
+        found = resume.resume(config.ckpt_path, self._runs(), named=config.name is not None)
+        config.ckpt_path, self.run_folder = found
+
     def before_instantiate_classes(self) -> None:
         """Fill in how long to train and how often to validate, and look into the checkpoint."""
+        if self.subcommand == "fit":
+            self._resume()
         path, trainer = self._checkpoint(), self.config[self.subcommand].trainer
         self.saved = checkpoint.read(path).get("hyper_parameters", {}) if path else {}
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
@@ -214,18 +234,18 @@ class StateZooCLI(LightningCLI):
         """Add the logger and callbacks that a run has by default."""
         config = self.config_init[self.subcommand].trainer
         if config.get("logger") in (None, True) and not config.fast_dev_run:
-            name = self.config[self.subcommand].name or (
-                f"{type(self.model).__name__}-{type(self.datamodule).__name__}".lower()
-            )
-            root = config.default_root_dir or "runs"
+            run, version = self.run_folder, None
+            runs = self._runs() if run is None else run.parent
             try:
-                Path(root, name).mkdir(parents=True, exist_ok=True)
+                runs.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(
-                    f"cannot write into {str(root)!r} ({error.strerror}): choose another folder "
-                    "with --trainer.default_root_dir."
+                    f"cannot write into {str(runs.parent)!r} ({error.strerror}): choose another "
+                    "folder with --trainer.default_root_dir."
                 ) from error
-            kwargs["logger"] = CSVLogger(root, name=name)
+            if run is not None:
+                version, self.config.fit.ckpt_path = run.name, None  # config.yaml begins the run
+            kwargs["logger"] = RunLog(runs.parent, name=runs.name, version=version)
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
@@ -332,7 +352,7 @@ def run(arguments: Sequence[str]) -> None:
         StateZooCLI(args_.prepare(arguments))
     except SIGTERMException:
         raise SystemExit(128 + signal.SIGTERM) from None
-    except FloatingPointError as error:
+    except (FloatingPointError, checkpoint.RunStopped) as error:
         if debug:
             raise
         fail(program, str(error), code=1)
