@@ -11,7 +11,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FORMATS", "Report", "pick_texts", "read_file", "require", "suffix_of"]
+__all__ = [
+    "FORMATS",
+    "Report",
+    "pick_texts",
+    "read_file",
+    "require",
+    "suffix_of",
+    "text_parts",
+]
+
+_BLANK = " \t\n\r\v\f"
 
 
 class Report(list[str]):
@@ -92,31 +102,60 @@ def _open(path: Path) -> Any:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _utf8(data: bytes) -> bytes:
-    """``data`` as UTF-8 without byte order mark; UTF-16 is recognised by its mark."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return data.decode("utf-16").encode("utf-8")
-    data.decode("utf-8")
-    return data.removeprefix(codecs.BOM_UTF8)
+def text_parts(path: Path, report: Report, size: int = 1 << 16) -> Iterator[bytes]:
+    """The document in a .txt or .txt.gz as UTF-8 without byte order mark, part by part.
+
+    The file is read twice: once to see that all of it is text, UTF-8 or, by its mark, UTF-16; if it
+    is not, ``report`` says why, and nothing comes. Memory does not grow with the file.
+
+    Args:
+        path: File.
+        report: What is left out is added here.
+        size: Bytes of the file in a part, at least 2; parts end between characters.
+    """
+    try:
+        some = sum(bool(part.strip(_BLANK)) for part in _decoded(path, size)) > 0
+    except UnicodeDecodeError as error:
+        report.append(
+            f"{path}: {error.reason}; convert the file, for example with iconv -f LATIN1 -t UTF-8"
+        )
+        return
+    if some:
+        yield from (part.encode("utf-8") for part in _decoded(path, size))
+    else:
+        report.append(f"{path}: empty; add text or remove it")
+
+
+def _decoded(path: Path, size: int) -> Iterator[str]:
+    """The text of a file.
+
+    Raises:
+        UnicodeDecodeError: If there is a byte that is none; its reason says which and where.
+    """
+    with _open(path) as file:
+        data: bytes = file.read(size)
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8-sig")()
+        read, more = 0, True
+        while more:
+            more, read = bool(data), read + len(data)
+            try:
+                text = decoder.decode(data, final=not more)
+            except UnicodeDecodeError as error:
+                bad = error.object[error.start :]  # to the end of what was read
+                name = "UTF-16" if wide else "UTF-8"
+                error.reason = f"byte 0x{bad[0]:02x} at offset {read - len(bad)} is not {name}"
+                raise
+            if text:
+                yield text
+            data = file.read(size)
 
 
 def _read_txt(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
     """The file as one document."""
-    with _open(path) as file:
-        data: bytes = file.read()
-    try:
-        text = _utf8(data)
-    except UnicodeDecodeError as error:
-        report.append(
-            f"{path}: byte 0x{data[error.start]:02x} at offset {error.start} is not "
-            f"{error.encoding.upper()}; convert the file, for example with "
-            "iconv -f LATIN1 -t UTF-8"
-        )
-        return
-    if text.strip():
+    text = b"".join(text_parts(path, report))
+    if text:
         yield text
-    else:
-        report.append(f"{path}: empty; add text or remove it")
 
 
 def _read_jsonl(path: Path, text_field: str, report: Report) -> Iterator[bytes]:

@@ -102,7 +102,7 @@ class Tokenizer(ABC):
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def _blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
+def text_blocks(text: str, size: int = 1 << 20) -> Iterator[str]:
     """``text`` in parts of bounded length, ended where a line or at least a word does.
 
     The library needs some hundred bytes of memory per token while it encodes a part.
@@ -241,7 +241,9 @@ class BPE(Tokenizer):
 
         Bytes that no token covers (dropped white space, say) count with the token after them.
         """
-        blocks = [self._encode_block(block) for block in _blocks(text.decode("utf-8", "replace"))]
+        blocks = [
+            self._encode_block(block) for block in text_blocks(text.decode("utf-8", "replace"))
+        ]
         ids, lengths = zip(*blocks, strict=True)
         return np.concatenate(ids), np.concatenate(lengths)
 

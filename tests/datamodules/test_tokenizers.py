@@ -14,7 +14,7 @@ from statezoo.datamodules.tokenizers import (
     BPE,
     Bytes,
     Characters,
-    _blocks,
+    text_blocks,
     load_tokenizer,
     tokenizer_from_state,
     train_bpe,
@@ -115,13 +115,13 @@ def test_fingerprints_differ(bpe):
 @settings(max_examples=50, deadline=None)
 @given(text=st.text("ab \n"), size=st.integers(2, 9))
 def test_long_texts_are_cut_into_parts(text, size):
-    parts = list(_blocks(text, size))
+    parts = list(text_blocks(text, size))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= size
 
 
 def test_parts_of_a_long_text_end_with_a_line_or_a_word():
-    assert list(_blocks("abcd\ne efgh ijklmnop", 8)) == ["abcd\n", "e efgh", " ijklmno", "p"]
+    assert list(text_blocks("abcd\ne efgh ijklmnop", 8)) == ["abcd\n", "e efgh", " ijklmno", "p"]
 
 
 def test_special_tokens_decide_what_begins_a_document(bpe):
