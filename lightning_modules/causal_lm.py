@@ -11,6 +11,8 @@ from torch import Tensor
 
 from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.kernels.linear_cross_entropy import linear_cross_entropy
+from statezoo.lightning_modules.carried import Carried, check_bounded
+from statezoo.lightning_modules.checkpoint import KEY
 from statezoo.lightning_modules.network import build_network
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.task import GRADIENT_UNIT, OPTIM, Mixers
@@ -87,17 +89,24 @@ class CausalLM(TokenTask):
         usual, kind = defaults(CausalLM), StateZooForCausalLM
         net = build_network(kind, settings, pretrained, usual, tune, vocabulary, attention)
         super().__init__(net, optim, pretrained, tune, adapter, vocabulary)
+        self.carried: Carried | None = None
+        self._saved_states: dict[str, Tensor] | None = None
         self.save_hyperparameters(self.plain_settings())
 
     def scored_nll(self, batch: Batch, reduction: Reduction) -> tuple[Tensor, Auxiliary]:
         """Return nats: their sum or mean, or each ``[B T]``; and what mixers say beside."""
+        carried = self.carried if self.training and "starts" in batch else None
+        cache = None if carried is None else carried.begin(self.net.model, batch)
         with batch.get("shard", nullcontext()):
             out = self.net.model(
                 input_ids=batch["tokens"],
                 attention_mask=batch.get("attention_mask"),
                 cu_seqlens=batch.get("cu_seqlens"),
-                use_cache=False,
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
+        if carried is not None:
+            carried.keep(out.past_key_values, batch)
         nll: Tensor = linear_cross_entropy(
             out.last_hidden_state,
             self.net.lm_head.weight,
@@ -106,6 +115,41 @@ class CausalLM(TokenTask):
             reduction=reduction,
         )
         return nll, out.auxiliary or {}
+
+    # ---------------------------------------------------------- carried states
+
+    def setup(self, stage: str) -> None:
+        """Learn from the data what its symbols stand for, and whether states are to be carried.
+
+        Raises:
+            ValueError: If they are, and would grow.
+        """
+        super().setup(stage)
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and getattr(data, "carry", False):
+            check_bounded(self.net)
+
+    def on_train_start(self) -> None:
+        """Begin with the states of the run that is resumed, or without any."""
+        super().on_train_start()
+        saved, self._saved_states = self._saved_states, None
+        self.carried = Carried() if saved is None else Carried.of(self.net, saved, *self._part())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the states that the next batch begins with, of all processes."""
+        super().on_save_checkpoint(checkpoint)
+        if self.carried is not None and (states := self.carried.tensors(self._part()[1])):
+            checkpoint[KEY]["carried"] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        super().on_load_checkpoint(checkpoint)
+        self._saved_states = checkpoint.get(KEY, {}).get("carried")
+
+    def _part(self) -> tuple[int, int]:
+        """Return this process's number among those that share each batch, and how many."""
+        part = self.trainer.distributed_sampler_kwargs or {}
+        return part.get("rank", 0), part.get("num_replicas", 1)
 
 
 def defaults(task: type) -> Mapping[str, Any]:

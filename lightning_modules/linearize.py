@@ -124,9 +124,18 @@ class Linearize(CausalLM):
     # ----------------------------------------------------------------- teacher
 
     def setup(self, stage: str) -> None:
-        """Read the teacher before training; see :meth:`read_teacher`."""
+        """Read the teacher before training; see :meth:`read_teacher`.
+
+        Raises:
+            ValueError: If states are to be carried: a teacher sees its window alone.
+        """
         super().setup(stage)
         if stage == "fit":
+            if self.teacher and getattr(getattr(self.trainer, "datamodule", None), "carry", False):
+                raise ValueError(
+                    "a teacher sees no more than a window, the model would: set data.carry to "
+                    "false, or leave model.teacher out."
+                )
             self.read_teacher()
 
     def read_teacher(self) -> None:

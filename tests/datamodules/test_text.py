@@ -232,7 +232,7 @@ def test_baselines_are_of_the_same_split(tmp_path):
     ("settings", "message"),
     [
         ({"seq_len": 0}, "seq_len of at least 1, got 0"),
-        ({"packing": "boxes"}, "'documents' or 'stream', got 'boxes'"),
+        ({"packing": "boxes"}, "'stream' or 'decomposed', got 'boxes'"),
         ({"val_fraction": 0.0}, "val_fraction above 0"),
         ({"val_fraction": 0.6, "test_fraction": 0.4}, "some text left to train on"),
         ({"val_context": 256}, "val_context < seq_len=256"),
