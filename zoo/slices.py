@@ -89,13 +89,13 @@ def tokens_before(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     if n == 1:
         before[0] = shard.before
         return before
-    lengths = cu_seqlens.long().diff()
-    counts = lengths.new_empty(shard.size, n)
-    last = lengths[-n:].contiguous()
-    dist.all_gather_into_tensor(counts.view(-1), last, group=shard.group)
+    last = cu_seqlens.long().diff()[-n:]
+    counts = [torch.empty_like(last) for _ in range(shard.size)]
+    dist.all_gather(counts, last, group=shard.group)
     note("positions", "forward", last, "all_gather")
-    first = (shard.start - shard.before) // shard.T
-    before[:n] = counts[first : shard.rank].sum(0)
+    first = (shard.start - shard.before) // shard.T  # slice where the sequence begins
+    for count in counts[first : shard.rank]:
+        before[:n] += count
     return before
 
 
