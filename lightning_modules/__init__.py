@@ -20,6 +20,7 @@ from statezoo.lightning_modules.note_frames import NoteFrames
 from statezoo.lightning_modules.optim import Optim
 from statezoo.lightning_modules.regress import Regressor
 from statezoo.lightning_modules.sequence_parallel import SequenceParallel
+from statezoo.lightning_modules.sharding import FSDP2
 from statezoo.lightning_modules.speed import ActivationCheckpointing, Compile
 from statezoo.lightning_modules.tag import TokenClassifier
 from statezoo.lightning_modules.task import Task
@@ -27,6 +28,7 @@ from statezoo.lightning_modules.tuning import Adapter
 
 __all__ = [
     "ARCHITECTURES",
+    "FSDP2",
     "ActivationCheckpointing",
     "Adapter",
     "CausalLM",

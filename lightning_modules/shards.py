@@ -1,0 +1,232 @@
+"""Tensors of a checkpoint in files of their own, one per process, beside the checkpoint.
+
+A sharded checkpoint is two things: ``last.ckpt``, a file like any other checkpoint but without its
+large tensors, and ``shards/STEP-NAME/``, safetensors that every process wrote of what it holds. The
+file is written last and names the folder, so a checkpoint is whole or not there at all, whenever
+the run is killed. Nothing in either is unpickled but plain data and tensors.
+
+The shards are those of ``torch.distributed.checkpoint``, which puts tensors together again on any
+number of processes, whatever the number that wrote them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEY", "ShardError", "Shards", "attach", "clean", "named", "take"]
+
+KEY = "shards"
+"""Where in a checkpoint, and the folder beside it: ``folder``, the one in there; ``files``, names
+and bytes; ``same``, names of weights that are the same tensor as another."""
+
+WEIGHTS, STATES = "state_dict", "optimizer_states"
+
+
+class ShardError(ValueError):
+    """Shards that are missing, cut off or not what a checkpoint needs."""
+
+
+class Shards:
+    """The tensors of a sharded checkpoint, read when asked for.
+
+    Args:
+        content: The checkpoint.
+        path: Its file.
+
+    Attributes:
+        shapes: Shape and dtype of each tensor, by name.
+
+    Raises:
+        ShardError: If files are missing, cut off, or say of tensors what cannot be.
+    """
+
+    def __init__(self, content: Mapping[str, Any], path: str | Path) -> None:
+        index, self.path = content[KEY], Path(path)
+        self.folder = self.path.parent / KEY / _name(index, self.path)
+        for name, size in index["files"].items():
+            file = self.folder / name
+            if not file.is_file() or file.stat().st_size != size:
+                what = "is cut off" if file.is_file() else "is missing"
+                raise ShardError(
+                    f"{str(path)!r} has its tensors in {str(self.folder)!r}, where {name} {what}: "
+                    "the folder belongs to the checkpoint and is copied with it; or take another "
+                    "checkpoint of the run."
+                )
+        self.same: dict[str, str] = index["same"]
+        self.shapes = self._find()
+
+    def _find(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Look into the heads of the files; no tensor may claim more than is there."""
+        try:
+            found = self._reader().read_metadata().state_dict_metadata
+        except Exception as error:  # safetensors and json raise many types
+            raise ShardError(f"{str(self.folder)!r} has unreadable shards ({error}).") from error
+        for name, tensor in found.items():
+            if sum(math.prod(part.sizes) for part in tensor.chunks) != tensor.size.numel():
+                raise ShardError(f"{str(self.folder)!r} is refused: {name} has gaps.")
+        return {name: (x.size, x.properties.dtype) for name, x in found.items()}
+
+    def _reader(self) -> Any:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
+        return HuggingFaceStorageReader(str(self.folder))
+
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Fill tensors, by name; of those that are distributed, this process's part."""
+        import torch.distributed.checkpoint as dcp
+
+        dcp.load(dict(into), storage_reader=self._reader(), no_dist=True)
+
+    def whole(self, part: str) -> dict[str, Tensor]:
+        """Return the whole tensors of a part of the checkpoint, by name without that part's."""
+        found = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in self.shapes.items()
+            if name.startswith(f"{part}.")
+        }
+        self.read(found)
+        return {name.removeprefix(f"{part}."): x for name, x in found.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the state dict of the module."""
+        found = self.whole(WEIGHTS)
+        return found | {name: found[other] for name, other in self.same.items()}
+
+    def fill(self, states: list[dict[str, Any]]) -> None:
+        """Put the whole tensors of optimisers back into their states."""
+        for i, state in enumerate(states):
+            for name, x in self.whole(f"{STATES}.{i}").items():
+                number, _, key = name.partition(".")
+                state["state"][int(number)][key] = x
+
+
+class _Weights(Mapping[str, Tensor]):
+    """A state dict that is read as a whole when the first tensor is used."""
+
+    def __init__(self, shards: Shards) -> None:
+        self.shards, self.found = shards, dict[str, Tensor]()
+        prefix = f"{WEIGHTS}."
+        self.names = [n.removeprefix(prefix) for n in shards.shapes if n.startswith(prefix)]
+        self.names += shards.same
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.found = self.found or self.shards.weights()
+        return self.found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def attach(content: MutableMapping[str, Any], path: str | Path) -> Shards | None:
+    """Give a sharded checkpoint its weights again, read when the first is used.
+
+    Args:
+        content: What the file holds; changed in place.
+        path: The file.
+
+    Returns:
+        The shards, for the optimiser's states; none of a checkpoint that is one file.
+
+    Raises:
+        ShardError: If they cannot be read.
+    """
+    if KEY not in content:
+        return None
+    shards = Shards(content, path)
+    content[WEIGHTS] = _Weights(shards)
+    return shards
+
+
+def _name(index: Any, path: Path) -> str:
+    """Return the folder's name, if this is an index and the name that of a folder beside it."""
+    wanted = isinstance(index, Mapping) and {"folder": str, "files": Mapping, "same": Mapping}
+    if not wanted or any(not isinstance(index.get(k), kind) for k, kind in wanted.items()):
+        raise ShardError(f"{str(path)!r} is refused: its index of shards is none.")
+    for name in (index["folder"], *index["files"]):
+        if not re.fullmatch(r"\w[\w-]*(\.safetensors)?", str(name)):
+            raise ShardError(f"{str(path)!r} is refused: its shards would be in {name!r}.")
+    return str(index["folder"])
+
+
+def named(module: torch.nn.Module) -> dict[str, str]:
+    """Name the parameters that are the same tensor as one named before: ``{name: first name}``."""
+    first: dict[int, str] = {}
+    every = module.named_parameters(remove_duplicate=False)
+    found = {name: first.setdefault(id(parameter), name) for name, parameter in every}
+    return {name: other for name, other in found.items() if name != other}
+
+
+def take(checkpoint: dict[str, Any], same: Mapping[str, str]) -> dict[str, Tensor]:
+    """Take out of a checkpoint the tensors that go into shards, by name.
+
+    Numbers, such as an optimiser's count of steps, stay.
+
+    Args:
+        checkpoint: Changed in place.
+        same: What :func:`named` said of the module.
+    """
+    weights = checkpoint[WEIGHTS]
+    taken = {f"{WEIGHTS}.{name}": x for name, x in weights.items() if name not in same}
+    checkpoint[WEIGHTS], states = {}, checkpoint.get(STATES, [])
+    for i, state in enumerate(states):
+        left: dict[int, dict[str, Any]] = {}
+        for number, values in state["state"].items():
+            large = {k: x for k, x in values.items() if isinstance(x, Tensor) and x.dim()}
+            taken |= {f"{STATES}.{i}.{number}.{k}": x for k, x in large.items()}
+            left[number] = {k: x for k, x in values.items() if k not in large}
+        states[i] = {**state, "state": left}
+    return taken
+
+
+def write(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
+    """Write what this process holds of tensors; all processes must call.
+
+    Returns:
+        The files, and their bytes.
+
+    Raises:
+        OSError: If a process cannot write; on all of them.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(
+            f"process {rank} cannot write its part of the checkpoint into {str(folder)!r} "
+            f"({cause}): make room, and go on from the checkpoint before."
+        ) from error
+    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+
+
+def clean(folder: Path) -> None:
+    """Delete the shards in a run's folder that no checkpoint in it names any more."""
+    named = set()
+    for file in folder.glob("*.ckpt*"):
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # one that cannot be read may name any: all stay
+            return
+        named.add(content.get(KEY, {}).get("folder"))
+    for old in (folder / KEY).iterdir():
+        if old.name not in named:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def describe(folder: Path, files: Mapping[str, int], same: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a checkpoint says of its shards."""
+    return {"folder": folder.name, "files": dict(files), "same": dict(same)}
