@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from statezoo.kernels._exchange import all_gather
 from statezoo.kernels._varlen import n_sequences
 from statezoo.kernels.sequence import Shard, current, note
 
@@ -90,12 +91,9 @@ def tokens_before(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
         before[0] = shard.before
         return before
     last = cu_seqlens.long().diff()[-n:]
-    counts = [torch.empty_like(last) for _ in range(shard.size)]
-    dist.all_gather(counts, last, group=shard.group)
-    note("positions", "forward", last, "all_gather")
+    counts = all_gather(shard, "positions", "forward", last)
     first = (shard.start - shard.before) // shard.T  # slice where the sequence begins
-    for count in counts[first : shard.rank]:
-        before[:n] += count
+    before[:n] = counts[first : shard.rank].sum(0)
     return before
 
 
