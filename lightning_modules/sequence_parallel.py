@@ -24,6 +24,7 @@ from statezoo.lightning_modules.linearize import Linearize
 
 __all__ = ["SequenceParallel", "cut"]
 
+TIMEOUT = timedelta(minutes=30)
 FILL = {"tokens": 0, "targets": IGNORE, "weights": 0}
 """What lies along time in a batch, and what it is filled up with."""
 
@@ -45,7 +46,7 @@ class SequenceParallel(DDPStrategy):
     Args:
         sequence_size: Processes that share each sequence; default all.
         process_group_backend: What carries messages, ``nccl`` or ``gloo``; default by the device.
-        timeout: Seconds that a process waits for another one before the run ends.
+        timeout: How long a process waits for the others before it gives up.
 
     Raises:
         ValueError: If the processes cannot be grouped so; before training, if model or data cannot
@@ -58,15 +59,9 @@ class SequenceParallel(DDPStrategy):
         self,
         sequence_size: int | None = None,
         process_group_backend: str | None = None,
-        timeout: float = 1800.0,
+        timeout: timedelta = TIMEOUT,
     ) -> None:
-        if sequence_size is not None and sequence_size < 2:
-            raise ValueError(
-                f"SequenceParallel needs sequence_size of at least 2, got {sequence_size}: with "
-                "trainer.strategy ddp every process reads whole sequences."
-            )
-        seconds = timedelta(seconds=timeout)
-        super().__init__(process_group_backend=process_group_backend, timeout=seconds)
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
         self.sequence_size = sequence_size
         self.group: dist.ProcessGroup | None = None
         """Processes that share the sequences of this one."""
@@ -86,13 +81,17 @@ class SequenceParallel(DDPStrategy):
         }
 
     def _configure_launcher(self) -> None:
-        processes = self.num_nodes * self.num_processes
-        if processes < 2 or processes % self.slices:
-            wanted = "at least 2 processes" if processes < 2 else f"a multiple of {self.slices}"
-            detail = "" if self.sequence_size is None else f" (sequence_size={self.sequence_size})"
+        processes, size = self.num_nodes * self.num_processes, self.sequence_size
+        if size is not None and size < 2:
             raise ValueError(
-                f"SequenceParallel needs trainer.devices x trainer.num_nodes to be {wanted}"
-                f"{detail}, got {processes}: set trainer.devices."
+                f"SequenceParallel needs sequence_size of at least 2, got {size}: with "
+                "--trainer.strategy ddp every process reads whole sequences."
+            )
+        if processes < 2 or processes % self.slices:
+            wanted = "at least 2" if size is None else f"a multiple of sequence_size={size}"
+            raise ValueError(
+                f"SequenceParallel needs {wanted} processes, got {processes}: set trainer.devices "
+                "and trainer.num_nodes, of which they are the product."
             )
         assert self.cluster_environment is not None
         self._launcher = _CheckingLauncher(
@@ -109,6 +108,11 @@ class SequenceParallel(DDPStrategy):
             raise ValueError(
                 f"SequenceParallel trains CausalLM and the architectures by their names, and "
                 f"{type(model).__name__} needs whole sequences: use --trainer.strategy ddp."
+            )
+        if getattr(data, "carry", False):
+            raise ValueError(
+                "SequenceParallel runs the slices of a window side by side, and data.carry is to "
+                "hand states from window to window: leave one of them out."
             )
         if trainer.state.fn == "predict":
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         "--model.pretrained", lambda v: v if shipped.resolve(v) != v else find_weights(v)
     )
     options.replace("--model.teacher", find_weights)
+    options.replace("--trainer.strategy", find_strategy)
     if command != "fit":
         options.replace("--ckpt_path", lambda v: v if v in KEYWORDS else str(find_checkpoint(v)))
     asked = next(iter(options.values("--ckpt_path")), None)
@@ -132,6 +134,28 @@ def read_config(file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"config {file!r} holds no settings: write model:, data: or trainer:.")
     return content
+
+
+def find_strategy(name: str) -> str:
+    """Return what names a class as the class, which takes settings; aliases as they are."""
+    is_class = re.fullmatch(r"[A-Z]\w*|\w+(\.\w+)+", name)
+    return json.dumps({"class_path": name}) if is_class else name
+
+
+def check_strategy(name: Any) -> None:
+    """Raise where there is no strategy of this alias.
+
+    Raises:
+        ValueError: If so; names the nearest.
+    """
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(name, str) and name.lower() not in known:
+        raise ValueError(
+            f"no strategy {name!r}{nearest(name, known)}: --trainer.strategy takes auto, ddp, "
+            "sequence_parallel and others of Lightning"
+        )
 
 
 def find_weights(source: str) -> str:

@@ -18,6 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import statezoo.datamodules as datamodules
@@ -54,6 +55,12 @@ CONTINUES = {
 """How to write with a language model, where its symbols are no text."""
 
 KINDS: dict[type, str] = {LightningModule: "model", LightningDataModule: "data"}
+BASES: dict[str, type] = {
+    "data": LightningDataModule,
+    "callbacks": Callback,
+    "logger": Logger,
+    "strategy": Strategy,
+}
 
 set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
 
@@ -80,7 +87,7 @@ class Parser(FriendlyErrors, LightningArgumentParser):
         last = where.rpartition(".")[2]
         if last == "model":
             return {cls.__name__ for cls in _below(lightning_modules.Task)} - INNER
-        base = {"data": LightningDataModule, "callbacks": Callback, "logger": Logger}.get(last)
+        base = BASES.get(last)
         return super().known_words(where) if base is None else {c.__name__ for c in _below(base)}
 
 
@@ -204,6 +211,7 @@ class StateZooCLI(LightningCLI):
         if self.subcommand == "fit":
             self._resume()
         path, trainer = self._checkpoint(), self.config[self.subcommand].trainer
+        args_.check_strategy(trainer.strategy)
         self.saved = checkpoint.read(path).get("hyper_parameters", {}) if path else {}
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = DEFAULT_STEPS
