@@ -151,6 +151,8 @@ def check_strategy(name: Any) -> None:
     from lightning.pytorch.strategies import StrategyRegistry
 
     known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(name, str) and name.startswith("{"):  # a class that is not known
+        name = json.loads(name)["class_path"]
     if isinstance(name, str) and name.lower() not in known:
         raise ValueError(
             f"no strategy {name!r}{nearest(name, known)}: --trainer.strategy takes auto, ddp, "
