@@ -41,9 +41,10 @@ class ActivationCheckpointing(Callback):
 class Compile(Callback):
     """Compile the network with ``torch.compile`` before the first step.
 
-    Blocks have no graph breaks, packed batches included; padded batches have one where the padding
-    is taken out. The first steps wait for the compiler, as does the first validation. Checkpoints
-    and exported weights do not change.
+    No architecture has graph breaks, recurrent ones on packed batches neither; attention on those
+    has one a layer, and padded batches have one where the padding is taken out. The first steps
+    wait for the compiler, as does the first validation. Checkpoints and exported weights do not
+    change.
 
     Args:
         backend: ``inductor`` fuses and needs a C++ compiler or Triton; ``aot_eager`` only traces.
