@@ -170,6 +170,7 @@ class SeekableLoader:
     def state_dict(self) -> dict[str, Any]:
         """Position as plain numbers, the same on every rank, and what it is a position in."""
         state = {"done": self.done, "pass_end": self.pass_end, "epoch_length": self.epoch_length}
+        state["together"] = self.batch_size * self.world_size
         layout = self.layout()
         return state if layout is None else state | {"layout": layout}
 
@@ -186,11 +187,19 @@ class SeekableLoader:
                 "data.packing, data.carry and data.decomposition, or start a new run from the "
                 "checkpoint's weights."
             )
+        together = self.batch_size * self.world_size
+        if (had := state.get("together", together)) != together:
+            raise ValueError(
+                f"The checkpoint was made with {had} windows per batch over all processes, now "
+                f"there are {together}, {self.batch_size} on each of {self.world_size}: resume "
+                f"with {_alike(had, self.world_size)}, or start a new run from the checkpoint's "
+                "weights."
+            )
         if state["epoch_length"] != self.epoch_length:
             raise ValueError(
                 f"The checkpoint was made with {state['epoch_length']} batches per epoch, now "
-                f"there are {self.epoch_length}: resume with the same data, seq_len, batch_size "
-                "and number of processes, or start a new run from the checkpoint's weights."
+                f"there are {self.epoch_length}: resume with the same data and seq_len, or start "
+                "a new run from the checkpoint's weights."
             )
         had, has = state.get("stages"), self.state_dict().get("stages")
         if had != has:
@@ -202,3 +211,10 @@ class SeekableLoader:
             )
         self.done, self.pass_end = state["done"], state["pass_end"]
         self._resumed = True
+
+
+def _alike(together: int, world_size: int) -> str:
+    """Say with which batch size, or on how many processes, batches are those of before."""
+    if together % world_size == 0:
+        return f"data.batch_size {together // world_size}"
+    return f"a number of processes that divides {together}, and data.batch_size to match"

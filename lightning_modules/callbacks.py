@@ -17,6 +17,7 @@ from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.adapter import save_adapter
 from statezoo.lightning_modules.facts import TrainingFacts
 from statezoo.lightning_modules.network import NETWORKS, export, load_network
+from statezoo.lightning_modules.shards import is_spread
 from statezoo.lightning_modules.task import Task
 from statezoo.lightning_modules.tuning import plain_network
 
@@ -149,6 +150,11 @@ class ExportHub(Callback):
         if trying(trainer) or not trainer.is_global_zero:
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if not best and is_spread(pl_module):  # whole weights are in the checkpoint alone
+            best = getattr(trainer.checkpoint_callback, "last_model_path", "")
+            if not best:
+                log.warning("no export: weights are spread over processes, without a checkpoint")
+                return
         metrics = {
             name: float(value)
             for name, value in trainer.callback_metrics.items()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from statezoo import safety, shipped
+from statezoo.lightning_modules import shards
 from statezoo.lightning_modules.lora import merge
 from statezoo.zoo.loading import check_size
 
@@ -69,7 +71,18 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{str(path)!r} is no checkpoint of a Lightning module.")
     _check_parts(content, path)
+    with _shards():
+        shards.attach(content, path)
     return content
+
+
+@contextmanager
+def _shards() -> Iterator[None]:
+    """Say of what is wrong with shards that it is wrong with the checkpoint."""
+    try:
+        yield
+    except shards.ShardError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def read_whole(path: str | Path) -> dict[str, Any]:
@@ -91,7 +104,10 @@ def read_whole(path: str | Path) -> dict[str, Any]:
             raise CheckpointError(
                 f"{str(path)!r} is damaged: its part {damaged!r} is not what was written."
             )
-    return read(path)
+    content = read(path)
+    with _shards():
+        shards.check(content)
+    return content
 
 
 def newest_whole(folder: str | Path) -> tuple[Path, dict[Path, str]]:
@@ -238,9 +254,12 @@ def load_checkpoint(path: str | Path, map_location: Any = None) -> LightningModu
         safety.check_numbers(given, len(shapes), path)
         if _is_ours(class_path(content, path)):
             check_size(lambda: cls(**given), shapes)
-        loaded: LightningModule = cls.load_from_checkpoint(
-            path, map_location=map_location, weights_only=True
-        )
+        if shards.sharded(content):
+            loaded = cls(**given)
+            loaded.on_load_checkpoint(content)
+            loaded.load_state_dict(content["state_dict"])
+            return loaded.to(map_location or "cpu")
+        loaded = cls.load_from_checkpoint(path, map_location=map_location, weights_only=True)
     except (TypeError, RuntimeError) as error:
         raise CheckpointError(f"{str(path)!r}: {' '.join(str(error).split())}") from error
     return loaded

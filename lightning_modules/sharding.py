@@ -56,6 +56,7 @@ class FSDP2(ModelParallelStrategy):
             tensor_parallel_size=1, process_group_backend=process_group_backend, timeout=timeout
         )
         self._shards: shards.Shards | None = None
+        self._folder: Path | None = None
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -104,23 +105,40 @@ class FSDP2(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
     ) -> None:
-        """Write all shards, then the file that names them, then delete shards without a name."""
+        """Write all shards, then the file that names them.
+
+        Raises:
+            OSError: If a process cannot write its shard; on all of them.
+        """
         path = Path(self.broadcast(filepath))
+        self._folder = path.parent
         step = int(checkpoint.get("global_step", 0))
         name = self.broadcast(f"{step:08d}-{secrets.token_hex(4)}")
-        folder = path.parent / shards.KEY / name
         same = shards.named(self.lightning_module)
-        files = shards.write(shards.take(checkpoint, same), folder)
-        checkpoint[shards.KEY] = shards.describe(folder, files, same)
+        self._clean()
+        try:
+            tensors = shards.take(checkpoint, same)
+            folder = path.parent / shards.KEY / name
+            checkpoint[shards.KEY] = shards.write(tensors, folder, same)
+        except OSError:
+            self._clean()
+            raise
         Strategy.save_checkpoint(self, checkpoint, path, storage_options)
-        if self.is_global_zero:
-            shards.clean(path.parent)
+
+    def _clean(self) -> None:
+        """Delete shards that no checkpoint names."""
+        if self.is_global_zero and self._folder is not None:
+            shards.clean(self._folder)
+
+    def teardown(self) -> None:
+        """Leave no shards without a checkpoint."""
+        self._clean()
+        super().teardown()
 
     def remove_checkpoint(self, filepath: str | Path) -> None:
         """Delete a checkpoint and its shards."""
         Strategy.remove_checkpoint(self, filepath)
-        if self.is_global_zero:
-            shards.clean(Path(filepath).parent)
+        self._clean()
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None

@@ -14,18 +14,31 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-__all__ = ["KEY", "ShardError", "Shards", "attach", "clean", "named", "take"]
+__all__ = [
+    "KEY",
+    "ShardError",
+    "Shards",
+    "attach",
+    "check",
+    "clean",
+    "is_spread",
+    "named",
+    "sharded",
+    "take",
+    "write",
+]
 
 KEY = "shards"
-"""Where in a checkpoint, and the folder beside it: ``folder``, the one in there; ``files``, names
-and bytes; ``same``, names of weights that are the same tensor as another."""
+"""Where in a checkpoint, and the folder beside it: ``folder``, the one in there; ``files``, their
+bytes and checksums; ``same``, names of weights that are the same tensor as another."""
 
 WEIGHTS, STATES = "state_dict", "optimizer_states"
 
@@ -51,17 +64,32 @@ class Shards:
     def __init__(self, content: Mapping[str, Any], path: str | Path) -> None:
         index, self.path = content[KEY], Path(path)
         self.folder = self.path.parent / KEY / _name(index, self.path)
-        for name, size in index["files"].items():
+        self.files: dict[str, list[int]] = index["files"]
+        for name, (size, _) in self.files.items():
             file = self.folder / name
-            if not file.is_file() or file.stat().st_size != size:
-                what = "is cut off" if file.is_file() else "is missing"
-                raise ShardError(
-                    f"{str(path)!r} has its tensors in {str(self.folder)!r}, where {name} {what}: "
-                    "the folder belongs to the checkpoint and is copied with it; or take another "
-                    "checkpoint of the run."
-                )
+            if not file.is_file():
+                self._refuse(name, "is missing")
+            if file.stat().st_size != size:
+                self._refuse(name, "is cut off")
         self.same: dict[str, str] = index["same"]
         self.shapes = self._find()
+
+    def _refuse(self, name: str, what: str) -> NoReturn:
+        raise ShardError(
+            f"{str(self.path)!r} has its tensors in {str(self.folder)!r}, where {name} {what}: "
+            "that folder belongs to the checkpoint and is copied with it; or take another "
+            "checkpoint of the run."
+        )
+
+    def check(self) -> None:
+        """Look at every byte.
+
+        Raises:
+            ShardError: If something was changed since it was written.
+        """
+        for name, (_, checksum) in self.files.items():
+            if _checksum(self.folder / name) != checksum:
+                self._refuse(name, "is not what was written")
 
     def _find(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Look into the heads of the files; no tensor may claim more than is there."""
@@ -145,18 +173,43 @@ def attach(content: MutableMapping[str, Any], path: str | Path) -> Shards | None
         return None
     shards = Shards(content, path)
     content[WEIGHTS] = _Weights(shards)
+    del content[KEY]
     return shards
+
+
+def sharded(content: Mapping[str, Any]) -> bool:
+    """Say whether the weights of a checkpoint that was read are in shards."""
+    return isinstance(content[WEIGHTS], _Weights)
+
+
+def check(content: Mapping[str, Any]) -> None:
+    """Look at every byte of the shards that :func:`attach` gave a checkpoint, if it has any.
+
+    Raises:
+        ShardError: If something was changed since it was written.
+    """
+    if isinstance(content[WEIGHTS], _Weights):
+        content[WEIGHTS].shards.check()
 
 
 def _name(index: Any, path: Path) -> str:
     """Return the folder's name, if this is an index and the name that of a folder beside it."""
-    wanted = isinstance(index, Mapping) and {"folder": str, "files": Mapping, "same": Mapping}
-    if not wanted or any(not isinstance(index.get(k), kind) for k, kind in wanted.items()):
-        raise ShardError(f"{str(path)!r} is refused: its index of shards is none.")
+    wanted = {"folder": str, "files": Mapping, "same": Mapping}
+    if not isinstance(index, Mapping) or any(
+        not isinstance(index.get(key), kind) for key, kind in wanted.items()
+    ):
+        raise ShardError(f"{str(path)!r} is refused: it does not say what its shards are.")
     for name in (index["folder"], *index["files"]):
         if not re.fullmatch(r"\w[\w-]*(\.safetensors)?", str(name)):
             raise ShardError(f"{str(path)!r} is refused: its shards would be in {name!r}.")
     return str(index["folder"])
+
+
+def is_spread(module: torch.nn.Module) -> bool:
+    """Say whether this process holds parts alone of a module's parameters."""
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def named(module: torch.nn.Module) -> dict[str, str]:
@@ -189,32 +242,51 @@ def take(checkpoint: dict[str, Any], same: Mapping[str, str]) -> dict[str, Tenso
     return taken
 
 
-def write(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
+def write(tensors: Mapping[str, Tensor], folder: Path, same: Mapping[str, str]) -> dict[str, Any]:
     """Write what this process holds of tensors; all processes must call.
 
+    Args:
+        tensors: What :func:`take` returned.
+        folder: Where to; a new one.
+        same: What :func:`named` said of the module.
+
     Returns:
-        The files, and their bytes.
+        What the checkpoint says of its shards.
 
     Raises:
         OSError: If a process cannot write; on all of them.
     """
+    import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
         dcp.save(dict(tensors), storage_writer=writer)
-    except CheckpointException as error:
+    except CheckpointException as error:  # no Exception, and of no one type
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise OSError(
-            f"process {rank} cannot write its part of the checkpoint into {str(folder)!r} "
-            f"({cause}): make room, and go on from the checkpoint before."
-        ) from error
-    return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+        raise OSError(f"process {rank} could not write into {str(folder)!r}: {cause}") from error
+    mine = sorted(folder.glob(f"shard-{dist.get_rank() + 1:05d}-*.safetensors"))
+    own = {file.name: [file.stat().st_size, _checksum(file)] for file in mine}
+    parts: list[Any] = [own] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    files = {name: said for part in parts for name, said in part.items()}
+    return {"folder": folder.name, "files": files, "same": dict(same)}
+
+
+def _checksum(file: Path) -> int:
+    """Return the CRC-32 of a file."""
+    total = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 24):
+            total = zlib.crc32(block, total)
+    return total
 
 
 def clean(folder: Path) -> None:
     """Delete the shards in a run's folder that no checkpoint in it names any more."""
+    if not (folder / KEY).is_dir():
+        return
     named = set()
     for file in folder.glob("*.ckpt*"):
         try:
@@ -225,8 +297,3 @@ def clean(folder: Path) -> None:
     for old in (folder / KEY).iterdir():
         if old.name not in named:
             shutil.rmtree(old, ignore_errors=True)
-
-
-def describe(folder: Path, files: Mapping[str, int], same: Mapping[str, str]) -> dict[str, Any]:
-    """Return what a checkpoint says of its shards."""
-    return {"folder": folder.name, "files": dict(files), "same": dict(same)}

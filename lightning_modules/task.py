@@ -17,6 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from statezoo.datamodules.batch import Batch
 from statezoo.lightning_modules import checkpoint as ckpt
+from statezoo.lightning_modules import shards
+from statezoo.lightning_modules.not_finite import report, unusable
 from statezoo.lightning_modules.optim import Optim, adamw, freeze, rate
 from statezoo.lightning_modules.tuning import ADAPTER, Adapter, Tune, learn_initial_states, tuned
 from statezoo.lightning_modules.vocabulary import Vocabulary, check_extends
@@ -89,6 +91,7 @@ class Task(LightningModule):
         self.unit = "byte"
         self.tokenizer_files = ckpt.pretrained_tokenizer(pretrained) if pretrained else {}
         self._window: list[tuple[Tensor, Tensor]] = []  # nats and count of each micro-batch
+        self._read: list[tuple[int, Batch]] = []  # the micro-batches themselves
         self._beside: list[Tensor] = []  # what mixers said beside, times the count
         self._said: Auxiliary = {}  # and the last of it, for its names
         self._rng: Mapping[str, Any] | None = None
@@ -123,6 +126,7 @@ class Task(LightningModule):
         loss = self.training_loss(batch)
         nats, count = loss["nats"], loss["count"]
         self._window.append((nats.detach(), count))
+        self._read.append((batch_idx, batch))
         self._tokens += batch["tokens"].numel()
         more = auxiliary_loss(loss["auxiliary"])
         if more is None:
@@ -138,23 +142,28 @@ class Task(LightningModule):
         take_auxiliary(self.net.model.mixers())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turn the gradient of the sum into that of the mean; stop at a loss that is no number.
+        """Turn the gradient of the sum into that of the mean; stop at one that is no number.
 
         Lightning has divided by ``accumulate_grad_batches``, data-parallel strategies by the
         number of processes: both are undone here.
+
+        Raises:
+            FloatingPointError: If the loss or a gradient is not finite; on all processes.
         """
         nats = torch.stack([nats.double() for nats, _ in self._window]).sum()
         total = torch.stack([count.double() for _, count in self._window]).sum()
-        self._window.clear()
-        sums = torch.stack([nats, total])
+        window, read = self._window, self._read
+        self._window, self._read = [], []
+        scaler = getattr(getattr(self.trainer, "precision_plugin", None), "scaler", None)
+        sums = torch.stack([nats, total, unusable(optimizer, scaler).to(nats)])
         if self._beside:
             sums = torch.cat([sums, torch.stack(self._beside).double().sum(0)])
             self._beside.clear()
         if self.trainer.world_size > 1:
             sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
-        summed, count, *beside = sums.tolist()
-        if not math.isfinite(summed):
-            raise FloatingPointError(self._not_finite(summed))
+        summed, count, bad, *beside = sums.tolist()
+        if bad or not math.isfinite(summed):
+            raise FloatingPointError(report(self, optimizer, summed, window, read))
         divisor = self.trainer.accumulate_grad_batches * self.trainer.world_size
         factor = GRADIENT_UNIT * divisor / (count or 1.0)
         for group in optimizer.param_groups:
@@ -163,14 +172,6 @@ class Task(LightningModule):
                     parameter.grad.mul_(factor)
         means = [x / (count or 1.0) for x in (summed, *beside)]
         self._log_step(means[0], optimizer.param_groups[0]["lr"], means[1:])
-
-    def _not_finite(self, value: float) -> str:
-        saved = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-        return (
-            f"the training loss is {value} at step {self.trainer.global_step}; the parameters are "
-            "still those before this step. Lower optim.lr, raise optim.warmup_steps or use "
-            f"--trainer.precision 32-true{f'; the last checkpoint is {saved}' if saved else ''}."
-        )
 
     def _log_step(self, nll: float, lr: float, beside: list[float]) -> None:
         """Log what the optimiser step was made of."""
@@ -289,6 +290,7 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         """Start the clock of the throughput."""
         self._window.clear()
+        self._read.clear()
         self._beside.clear()
         self._tokens, self._clock = 0, time.perf_counter()
 
@@ -316,7 +318,13 @@ class Task(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back the tokenizer, the state of the random numbers, and that of the mixers."""
+        """Take back the tokenizer, the state of the random numbers, and that of the mixers.
+
+        Raises:
+            CheckpointError: If tensors are in shards and no trainer knows where they are.
+        """
+        if shards.KEY in checkpoint:
+            self._read_shards(checkpoint)
         self._check_rates_of(checkpoint.get("hyper_parameters", {}).get("optim") or {})
         ours = checkpoint.get(ckpt.KEY, {})
         self.base = ours.get("base", self.base)
@@ -324,6 +332,16 @@ class Task(LightningModule):
             learn_initial_states(self.net, rank)  # those of the weights that the run started from
         self.tokenizer_files = ours.get("tokenizer", self.tokenizer_files)
         self._rng = ours.get("rng")
+
+    def _read_shards(self, checkpoint: dict[str, Any]) -> None:
+        """Put into a sharded checkpoint the tensors that it names."""
+        if self._trainer is None or not self.trainer.ckpt_path:
+            raise ckpt.CheckpointError(
+                "a sharded checkpoint is read by statezoo.lightning_modules.load_checkpoint(PATH)."
+            )
+        found = shards.attach(checkpoint, str(self.trainer.ckpt_path))
+        if found is not None and self.trainer.state.fn == "fit":
+            found.fill(checkpoint.get("optimizer_states", []))
 
     def _check_rates_of(self, saved: Mapping[str, Any]) -> None:
         """Raise where a run that is to go on had other rates, so other groups of parameters."""

@@ -106,9 +106,38 @@ def test_global_random_state_is_left_alone(windows):
 
 
 def test_other_data_is_refused(windows):
-    loader = SeekableLoader(windows, 3)
-    with pytest.raises(ValueError, match="9 batches per epoch, now there are 5"):
-        SeekableLoader(windows, 5).load_state_dict(loader.state_dict())
+    state = SeekableLoader(windows, 3).state_dict() | {"epoch_length": 5}
+    with pytest.raises(ValueError, match="5 batches per epoch, now there are 9"):
+        SeekableLoader(windows, 3).load_state_dict(state)
+
+
+def test_any_number_of_processes_goes_on_with_the_same_batches(windows):
+    one = SeekableLoader(windows, 12, shuffle=True)
+    whole = [scored([batch]) for batch in one]
+    begun = [SeekableLoader(windows, 6, shuffle=True, rank=r, world_size=2) for r in range(2)]
+    iterators = [iter(loader) for loader in begun]
+    assert scored(next(it) for it in iterators) == whole[0]
+    rest = [SeekableLoader(windows, 3, shuffle=True, rank=r, world_size=4) for r in range(4)]
+    for loader in rest:
+        loader.load_state_dict(begun[0].state_dict())
+    parts = [list(loader) for loader in rest]
+    assert [len(part) for part in parts] == [len(whole) - 1] * 4
+    read = [scored(batches) for batches in zip(*parts, strict=True)]
+    assert read[0] == whole[1]  # the last is filled up to a multiple of the processes
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "world", "advice"),
+    [(6, 4, "data.batch_size 3"), (3, 5, "a number of processes that divides 12, and")],
+)
+def test_other_batches_are_refused_with_those_to_choose(windows, batch_size, world, advice):
+    state = SeekableLoader(windows, 6, world_size=2).state_dict()
+    said = (
+        f"made with 12 windows per batch over all processes, now there are {batch_size * world}, "
+        f"{batch_size} on each of {world}: resume with {advice}"
+    )
+    with pytest.raises(ValueError, match=said):
+        SeekableLoader(windows, batch_size, world_size=world).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
