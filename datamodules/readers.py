@@ -18,6 +18,7 @@ from statezoo.datamodules.records import (
     pick_texts,
     read_file,
     require,
+    stream_file,
     suffix_of,
 )
 
@@ -137,12 +138,7 @@ class Files:
 
     def documents(self, report: Report) -> Iterator[Document]:
         """A .txt file is one document, others hold one per line or row."""
-        if self.others:
-            ends = sorted({file.suffix or file.name for file in self.others})
-            report.append(
-                f"{self.path}: {len(self.others)} files of other kinds ({', '.join(ends[:8])}); "
-                f"accepted are {', '.join(FORMATS)}"
-            )
+        self._tell_others(report)
         starts = any(_first_word(file) == "train" for file in self.files)
         for file in self.files:
             split = "" if file == self.path else _named_split(file.relative_to(self.path))
@@ -150,6 +146,20 @@ class Files:
                 split = _first_word(file)
             for text in read_file(file, self.text_field, report):
                 yield Document(text, split)
+
+    def streams(self, report: Report) -> Iterator[Iterator[bytes]]:
+        """The texts of ``documents``, each in parts; one without a part is none."""
+        self._tell_others(report)
+        for file in self.files:
+            yield from stream_file(file, self.text_field, report)
+
+    def _tell_others(self, report: Report) -> None:
+        if self.others:
+            ends = sorted({file.suffix or file.name for file in self.others})
+            report.append(
+                f"{self.path}: {len(self.others)} files of other kinds ({', '.join(ends[:8])}); "
+                f"accepted are {', '.join(FORMATS)}"
+            )
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ __all__ = [
     "pick_texts",
     "read_file",
     "require",
+    "stream_file",
     "suffix_of",
     "text_parts",
 ]
@@ -65,8 +66,23 @@ def read_file(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
     Raises:
         ValueError: If the file is well-formed but lacks ``text_field``.
     """
+    yield from _to_its_end(path, FORMATS[suffix_of(path)](path, text_field, report), report)
+
+
+def stream_file(path: Path, text_field: str, report: Report) -> Iterator[Iterator[bytes]]:
+    """The documents that ``read_file`` gives, each in parts; one without a part is none.
+
+    A .txt of any length comes piece by piece; documents of other files are one part each.
+    """
+    if suffix_of(path) in (".txt", ".txt.gz"):
+        yield _to_its_end(path, text_parts(path, report), report)
+    else:
+        yield from (iter([text]) for text in read_file(path, text_field, report))
+
+
+def _to_its_end(path: Path, texts: Iterator[bytes], report: Report) -> Iterator[bytes]:
     try:
-        yield from FORMATS[suffix_of(path)](path, text_field, report)
+        yield from texts
     except (OSError, EOFError, zlib.error) as error:
         report.append(f"{path}: cannot be read to its end ({error}); copy or pack it again")
 

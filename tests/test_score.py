@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_lines_and_text(model, tmp_path, capsys):
     assert [line.split()[1] for line in lines[1:3]] == ["3", "4"]
     assert len(lines) == 4
     main(["score", "--text", "one", "--model", model])
-    assert capsys.readouterr().out.splitlines()[1] == lines[1]
+    alone = capsys.readouterr().out.splitlines()[1].split()
+    assert [float(x) for x in alone] == pytest.approx([float(x) for x in lines[1].split()])
 
 
 def test_mistakes(model, tmp_path, capsys):
@@ -153,6 +155,57 @@ def test_mistakes(model, tmp_path, capsys):
     )
     masked = saved(tmp_path / "m", Bytes(), ["gla"], zoo.StateZooForMaskedLM)
     assert "scoring needs a causal model" in told(["--text", "x", "--model", masked], capsys)
+
+
+def test_long_text_runs_alone_and_is_the_same(model, tmp_path, monkeypatch, capsys):
+    """In parts of at most 50 bytes, cut within characters too, to 1e-4 nats."""
+    from statezoo.evaluation import documents, score
+
+    text = "caf\u00e9 \u4f60\u597d " * 20
+    file = tmp_path / "a.txt"
+    file.write_text(text, encoding="utf-8")
+    (want,) = scoring.open_scorer(model).score([text])
+    monkeypatch.setattr(score, "SHORT", 100)
+    monkeypatch.setattr(documents, "PART", 50)
+    monkeypatch.setattr(scoring.Scorer, "score", lambda self, texts: [] if not texts else 1 / 0)
+    for given in ([str(file)], ["--text", text]):
+        main(["score", *given, "--model", model, "--out", str(tmp_path / "a.csv")])
+        (row,) = csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf-8").splitlines())
+        assert int(row["tokens"]) == int(row["bytes"]) == len(text.encode())
+        assert float(row["nats"]) == pytest.approx(want.nats, abs=1e-4)
+    capsys.readouterr()
+
+
+def test_fasta_is_scored_record_by_record(tmp_path, capsys):
+    model = saved(tmp_path / "net", Nucleotides(), ["gla"])
+    file = tmp_path / "a.fa"
+    file.write_text(">one\nACGTTGCA\nACG\n>two\nggRcn\n", encoding="utf-8")
+    main(["score", str(file), "--model", model, "--out", str(tmp_path / "a.csv")])
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text(encoding="utf-8").splitlines()))
+    want = scoring.open_scorer(model).score(["ACGTTGCAACG", "GGNCN"])
+    assert [int(row["bases"]) for row in rows] == [11, 3]
+    for row, one in zip(rows, want, strict=True):
+        assert float(row["nats"]) == pytest.approx(one.nats, abs=1e-4)
+    capsys.readouterr()
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path):
+    """Peak of live tensors and of Python's allocations, in 1,024 and in 16,384 tokens."""
+    from statezoo.evaluation.documents import encode
+    from statezoo.lightning_modules.memory import LiveBytes
+
+    scorer = scoring.open_scorer(saved(tmp_path, Bytes(), MIXERS[::2]))
+    weights = [*scorer.net.parameters(), *scorer.net.buffers()]
+    peaks = []
+    for n in (1024, 16384):
+        counter = LiveBytes(weights)
+        tracemalloc.start()
+        with counter:
+            scorer.score_pieces(encode(scorer.tokenizer, (b"0123456789abcdef" * 16,) * (n // 256)))
+        peaks.append((counter.peak, tracemalloc.get_traced_memory()[1]))
+        tracemalloc.stop()
+    assert peaks[1][0] == peaks[0][0] > 0
+    assert peaks[1][1] < peaks[0][1] + 50_000, peaks
 
 
 def test_tokenizer_must_fit(model):

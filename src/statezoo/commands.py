@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from statezoo.card.command import card
 from statezoo.evaluation.evaluate import evaluate
+from statezoo.evaluation.lengths import lengths
 from statezoo.evaluation.score import score
 from statezoo.explain import explain
 from statezoo.linearize import linearize
@@ -171,6 +172,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "publish": publish,
     "score": score,
     "evaluate": evaluate,
+    "lengths": lengths,
     "explain": explain,
     "linearize": linearize,
     "list": list_parts,

@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import math
 import sys
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from statezoo.listing import aligned
 
 if TYPE_CHECKING:
-    from statezoo.evaluation.scoring import Score
+    from statezoo.evaluation.scoring import Score, Scorer
 
 __all__ = ["score"]
 
 GROUP = 64
-"""Batches of texts that are sorted by length together."""
+"""Batches of short texts that are sorted by length together."""
+SHORT = 1 << 13
+"""Bytes of a text that runs in a batch; longer ones run alone, piece by piece."""
 
 
 def score(
@@ -35,11 +37,13 @@ def score(
     """Write how surprising each text of a file is to a model, in nats and in bits per byte.
 
     A text is scored from its first token on, given the token that begins documents; tokens are
-    counted without that one. Bits are per base for DNA, and per token for music, which is given as
-    names of tokens. Memory of a recurrent model does not grow with the length of a text.
+    counted without that one. Bits are per base for DNA, whose N are not scored, and per token for
+    music. Memory of a recurrent model does not grow with the length of a .txt or of a record of
+    FASTA, which are read piece by piece.
 
     Args:
-        path: What ``--data Text`` reads: .txt, .jsonl, .parquet (plain or .gz) or a folder of them.
+        path: What ``--data Text`` reads: .txt, .jsonl, .parquet (plain or .gz) or a folder of them;
+            for a model of DNA also FASTA, for one of music MIDI, MusicXML or ABC.
         model: Checkpoint, folder of a run, exported folder, or name of a model.
         text: Text to score, instead of a file.
         lines: Whether every line of a text is a text of its own; empty ones are left out.
@@ -56,40 +60,51 @@ def score(
         raise ValueError("score needs a file or --text, one of the two.")
     if out and not Path(out).resolve().parent.is_dir():
         raise ValueError(f"cannot write {out}: there is no folder {str(Path(out).parent)!r}.")
-    report: list[str] = []
-    texts = _texts(path, text, lines, text_field, report)
-    if (first := next(texts, None)) is None:
-        raise ValueError("\n".join([f"there is no text in {path or '--text'}.", *report[:10]]))
-
+    from statezoo.datamodules.records import Report
+    from statezoo.evaluation.documents import cut, documents
     from statezoo.evaluation.scoring import open_scorer
 
+    report = Report()
     scorer = open_scorer(model, device, batch_size)
-    found = scorer.score([first])
-    while group := list(islice(texts, GROUP * batch_size)):
-        found += scorer.score(group)
+    if path is None:
+        texts = iter([cut((text or "").encode("utf-8", "surrogateescape"))])
+    else:
+        texts = documents(path, scorer.tokenizer, report, text_field)
+    found = _score_all(scorer, _lines(texts) if lines else texts)
+    if not found:
+        raise ValueError("\n".join([f"there is no text in {path or '--text'}.", *report[:10]]))
     for line in report[:20]:
         sys.stderr.write(f"skipped {line}\n")
     _write(found, scorer.unit, out)
 
 
-def _texts(
-    path: str | None, text: str | None, lines: bool, text_field: str, report: list[str]
-) -> Iterator[bytes]:
-    """Yield the texts; what is left out, and why, is added to ``report``."""
-    from statezoo.datamodules.readers import source_for
-    from statezoo.datamodules.records import Report
+def _score_all(scorer: Scorer, texts: Iterable[Iterator[bytes]]) -> list[Score]:
+    """Score texts in parts: short ones in batches, long ones alone."""
+    from statezoo.evaluation.documents import encode
 
-    skipped = Report()
-    if text is not None:
-        whole = iter([text.encode("utf-8", "surrogateescape")] if text else [])
-    else:
-        whole = (found.text for found in source_for(path, text_field).documents(skipped))
-    for one in whole:
-        if not lines:
-            yield one
-            continue
-        yield from (line for line in one.splitlines() if line.strip())
-    report += skipped
+    found: list[Score] = []
+    short: list[bytes] = []
+    for parts in texts:
+        first, more = next(parts, b""), next(parts, b"")
+        if not more and len(first) <= SHORT:
+            short += [first] if first else []
+        else:
+            found, short = found + scorer.score(short), []
+            whole = chain([first, more], parts)
+            found.append(scorer.score_pieces(encode(scorer.tokenizer, whole)))
+        if len(short) == GROUP * scorer.batch_size:
+            found, short = found + scorer.score(short), []
+    return found + scorer.score(short)
+
+
+def _lines(texts: Iterable[Iterator[bytes]]) -> Iterator[Iterator[bytes]]:
+    """Make every line a text of its own; empty ones are left out."""
+    for parts in texts:
+        rest = b""
+        for part in parts:
+            *lines, rest = (rest + part).splitlines(keepends=True)
+            yield from (iter([line.rstrip(b"\r\n")]) for line in lines if line.strip())
+        yield from (iter([line]) for line in rest.splitlines() if line.strip())
 
 
 def _write(found: list[Score], unit: str, out: str | None) -> None:
