@@ -17,6 +17,7 @@ from statezoo.lightning_modules import checkpoint as ckpt
 from statezoo.lightning_modules.adapter import save_adapter
 from statezoo.lightning_modules.facts import TrainingFacts
 from statezoo.lightning_modules.network import NETWORKS, export, load_network
+from statezoo.lightning_modules.processes import LostProcess
 from statezoo.lightning_modules.shards import is_spread
 from statezoo.lightning_modules.task import Task
 from statezoo.lightning_modules.tuning import plain_network
@@ -126,8 +127,8 @@ def draw_losses(source: Path, target: Path, scored: str = "token", measure: str 
 
 
 def recorders() -> list[Callback]:
-    """Return the callbacks that every run has: the last validation, the curve, the facts."""
-    return [ValidateLast(), LossCurve(), TrainingFacts()]
+    """Return the callbacks of every run: last validation, curve, facts, end of lost processes."""
+    return [ValidateLast(), LossCurve(), TrainingFacts(), LostProcess()]
 
 
 class ExportHub(Callback):

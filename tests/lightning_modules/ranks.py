@@ -2,6 +2,7 @@
 
 import os
 import random
+import time
 from datetime import timedelta
 
 import numpy as np
@@ -50,7 +51,7 @@ def _one(rank, function, world, file, arguments):
         init_method=f"file://{file}",
         rank=rank,
         world_size=world,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
     try:
         function(rank, world, *arguments)
@@ -58,16 +59,17 @@ def _one(rank, function, world, file, arguments):
         dist.destroy_process_group()
 
 
-def spawn(function, world, folder, *arguments, seconds=240):
+def spawn(function, world, folder, *arguments, seconds=900):
     """Run ``function(rank, world, *arguments)`` in each of some processes."""
     file = folder / f"meet-{random.getrandbits(40):x}"
     context = torch.multiprocessing.start_processes(
         _one, (function, world, str(file), arguments), world, join=False, start_method="spawn"
     )
+    end = time.monotonic() + seconds
     try:
-        if not context.join(timeout=seconds, grace_period=5):
-            while not context.join(timeout=seconds):
-                pass
+        while not context.join(timeout=max(0.0, end - time.monotonic()), grace_period=5):
+            if time.monotonic() >= end:
+                raise TimeoutError(f"{world} processes are not done after {seconds} s")
     finally:
         for process in context.processes:
             if process.is_alive():

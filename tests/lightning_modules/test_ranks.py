@@ -61,7 +61,7 @@ def work(rank, world, folder, names):
 
 def differences(folder, names):
     """Return of each family and strategy how far losses, weights and validation are from one's."""
-    spawn(work, 2, folder, str(folder), names, seconds=600)
+    spawn(work, 2, folder, str(folder), names)
     table = {}
     for name in names:
         one = run(folder, name)
