@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from statezoo.kernels._varlen import Chunks, chunk_size, n_sequences
 from statezoo.kernels.sequence import Shard, note
@@ -140,6 +141,7 @@ class _Exchange(torch.autograd.Function):
         return S
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dS: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         shard, (S,) = ctx.shard, ctx.saved_tensors
         got = all_gather(shard, ctx.op, "backward", dS)

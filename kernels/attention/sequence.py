@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from statezoo.kernels._exchange import all_gather, reduce_scatter
 from statezoo.kernels.sequence import Shard
@@ -42,6 +43,7 @@ class _Gather(torch.autograd.Function):
         return all_gather(shard, "attention", "forward", x).movedim(0, 1).flatten(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         d = d.unflatten(1, (ctx.shard.size, -1)).movedim(1, 0)
         return reduce_scatter(ctx.shard, "attention", d), None
