@@ -190,14 +190,14 @@ def test_fasta_is_scored_record_by_record(tmp_path, capsys):
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """Peak of live tensors and of Python's allocations, in 1,024 and in 16,384 tokens."""
+    """Peak of live tensors and of Python's allocations, in 2,048 and in 8,192 tokens."""
     from statezoo.evaluation.documents import encode
     from statezoo.lightning_modules.memory import LiveBytes
 
     scorer = scoring.open_scorer(saved(tmp_path, Bytes(), MIXERS[::2]))
     weights = [*scorer.net.parameters(), *scorer.net.buffers()]
     peaks = []
-    for n in (1024, 16384):
+    for n in (2048, 8192):
         counter = LiveBytes(weights)
         tracemalloc.start()
         with counter:

@@ -19,6 +19,7 @@ usage: statezoo COMMAND [settings]
   generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
   score       nats and bits per byte of texts
   evaluate    run tasks of lm-evaluation-harness
+  lengths     loss by position in windows of 1 to 64 times the trained length
   explain     draw decay, writes, memory length and attention on an input
   export      write a checkpoint as a Hugging Face folder
   convert     read a public checkpoint of another library, or write Mamba for transformers
