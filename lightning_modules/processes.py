@@ -16,7 +16,7 @@ from statezoo.lightning_modules.checkpoint import RunStopped
 
 __all__ = ["LostProcess"]
 
-GRACE = 5.0
+GRACE = 15.0
 """Seconds that the other processes of this machine have to say why they end."""
 
 
@@ -82,8 +82,8 @@ def _told(trainer: Trainer, codes: dict[int, int], error: Exception) -> str:
             reasons.append(f"process {i} was killed by signal {-code} ({name})")
         elif not reasons:
             reasons.append(f"process {i} ended with exit code {code}, its reason is above")
-    first = str(error).strip().partition("\n")[0]
-    reason = "; ".join(reasons) or f"another process is gone ({first[:200]})"
+    first = re.sub(r"^\[\S*\] ", "", str(error).strip()).partition(". ")[0].partition("\n")[0]
+    reason = "; ".join(reasons) or f"another process is gone ({first[:100]})"
     saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
     on = f"go on with --ckpt_path {Path(saved).parent}" if saved else "there is no checkpoint yet"
     return (

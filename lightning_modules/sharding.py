@@ -112,10 +112,10 @@ class FSDP2(ModelParallelStrategy):
         """
         path = Path(self.broadcast(filepath))
         self._folder = path.parent
+        self._clean()
         step = int(checkpoint.get("global_step", 0))
         name = self.broadcast(f"{step:08d}-{secrets.token_hex(4)}")
         same = shards.named(self.lightning_module)
-        self._clean()
         try:
             tensors = shards.take(checkpoint, same)
             folder = path.parent / shards.KEY / name

@@ -108,15 +108,24 @@ class Shards:
         return HuggingFaceStorageReader(str(self.folder))
 
     def read(self, into: Mapping[str, Tensor]) -> None:
-        """Fill tensors, by name; of those that are distributed, this process's part."""
-        import torch.distributed.checkpoint as dcp
+        """Fill tensors, by name; of those that are distributed, this process's part.
 
-        dcp.load(dict(into), storage_reader=self._reader(), no_dist=True)
+        Raises:
+            ShardError: If one is missing or of another shape.
+        """
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            dcp.load(dict(into), storage_reader=self._reader(), no_dist=True)
+        except CheckpointException as error:  # no Exception, and of no one type
+            cause = next(iter(error.failures.values()))[0]
+            raise ShardError(f"{str(self.folder)!r} cannot be read: {cause}") from error
 
     def whole(self, part: str) -> dict[str, Tensor]:
         """Return the whole tensors of a part of the checkpoint, by name without that part's."""
         found = {
-            name: torch.empty(shape, dtype=dtype)
+            name: torch.zeros(shape, dtype=dtype)
             for name, (shape, dtype) in self.shapes.items()
             if name.startswith(f"{part}.")
         }
@@ -126,6 +135,8 @@ class Shards:
     def weights(self) -> dict[str, Tensor]:
         """Return the state dict of the module."""
         found = self.whole(WEIGHTS)
+        if lost := sorted({*self.same.values()} - found.keys()):
+            raise ShardError(f"{str(self.path)!r} is refused: it has no {lost[0]}.")
         return found | {name: found[other] for name, other in self.same.items()}
 
     def fill(self, states: list[dict[str, Any]]) -> None:
@@ -194,15 +205,23 @@ def check(content: Mapping[str, Any]) -> None:
 
 def _name(index: Any, path: Path) -> str:
     """Return the folder's name, if this is an index and the name that of a folder beside it."""
-    wanted = {"folder": str, "files": Mapping, "same": Mapping}
-    if not isinstance(index, Mapping) or any(
-        not isinstance(index.get(key), kind) for key, kind in wanted.items()
-    ):
+    if not (isinstance(index, Mapping) and _is_index(index)):
         raise ShardError(f"{str(path)!r} is refused: it does not say what its shards are.")
     for name in (index["folder"], *index["files"]):
-        if not re.fullmatch(r"\w[\w-]*(\.safetensors)?", str(name)):
+        if not re.fullmatch(r"\w[\w-]*(\.safetensors)?", name):
             raise ShardError(f"{str(path)!r} is refused: its shards would be in {name!r}.")
     return str(index["folder"])
+
+
+def _is_index(index: Mapping[str, Any]) -> bool:
+    """Say whether it holds names, numbers and nothing else."""
+    files, same = (index.get(key) for key in ("files", "same"))
+    if not (isinstance(index.get("folder"), str) and isinstance(files, dict)):
+        return False
+    if not isinstance(same, dict):
+        return False
+    pairs = all(isinstance(x, list) and [type(n) for n in x] == [int, int] for x in files.values())
+    return pairs and all(isinstance(name, str) for name in (*files, *same, *same.values()))
 
 
 def is_spread(module: torch.nn.Module) -> bool:
@@ -289,6 +308,8 @@ def clean(folder: Path) -> None:
         return
     named = set()
     for file in folder.glob("*.ckpt*"):
+        if file.suffix == ".damaged":
+            continue
         try:
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # one that cannot be read may name any: all stay
