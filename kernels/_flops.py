@@ -128,9 +128,7 @@ def visible_pairs(T: int, window: int | None = None, sinks: int = 0) -> int:
     return near + few * (few + 1) // 2 + (rest - few) * few
 
 
-def attention_flops(
-    q: Shape, k: Shape, v: Shape, window: int | None = None, sinks: int = 0
-) -> int:
+def attention_flops(q: Shape, k: Shape, v: Shape, window: int | None = None, sinks: int = 0) -> int:
     """Count the forward pass of attention: ``2 (K + V)`` for each head and pair that it sees.
 
     What a causal mask hides is no work of the model, though some kernels compute it; the MFU of

@@ -24,6 +24,7 @@ from statezoo.lightning_modules.sharding import FSDP2
 from statezoo.lightning_modules.speed import ActivationCheckpointing, Compile
 from statezoo.lightning_modules.tag import TokenClassifier
 from statezoo.lightning_modules.task import Task
+from statezoo.lightning_modules.throughput import Utilisation
 from statezoo.lightning_modules.tuning import Adapter
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "SequenceParallel",
     "Task",
     "TokenClassifier",
+    "Utilisation",
     "apply_adapter",
     "architecture",
     "export",

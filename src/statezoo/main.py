@@ -24,6 +24,7 @@ usage: statezoo COMMAND [settings]
   export      write a checkpoint as a Hugging Face folder
   convert     read a public checkpoint of another library, or write Mamba for transformers
   linearize   turn a Llama, Mistral or Qwen into a model with a recurrent state
+  plan        memory, time and devices that a training will need
   card        make a run a Hub folder with its numbers, a sample and a model card
   publish     send such a folder to the Hub
   tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER

@@ -1,0 +1,1 @@
+"""Training planned before it is paid for: memory, communication, time."""
