@@ -6,10 +6,11 @@ import secrets
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -80,8 +81,7 @@ class FSDP2(ModelParallelStrategy):
                 f"fsdp2 needs a precision of {', '.join(PRECISIONS)}, got "
                 f"{self.precision_plugin.precision}: set --trainer.precision."
             )
-        assert self.accelerator is not None
-        self.accelerator.setup(trainer)
+        cast(Accelerator, self.accelerator).setup(trainer)
         module = self.lightning_module
         if not isinstance(module, FSDPModule):
             self.precision_plugin.convert_module(module)

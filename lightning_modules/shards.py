@@ -103,7 +103,7 @@ class Shards:
         return {name: (x.size, x.properties.dtype) for name, x in found.items()}
 
     def _reader(self) -> Any:
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
         return HuggingFaceStorageReader(str(self.folder))
 
@@ -113,11 +113,11 @@ class Shards:
         Raises:
             ShardError: If one is missing or of another shape.
         """
-        import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         try:
-            dcp.load(dict(into), storage_reader=self._reader(), no_dist=True)
+            load(dict(into), storage_reader=self._reader(), no_dist=True)
         except CheckpointException as error:  # no Exception, and of no one type
             cause = next(iter(error.failures.values()))[0]
             raise ShardError(f"{str(self.folder)!r} cannot be read: {cause}") from error
@@ -276,12 +276,13 @@ def write(tensors: Mapping[str, Tensor], folder: Path, same: Mapping[str, str]) 
         OSError: If a process cannot write; on all of them.
     """
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer)
     except CheckpointException as error:  # no Exception, and of no one type
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"process {rank} could not write into {str(folder)!r}: {cause}") from error

@@ -303,6 +303,7 @@ def test_a_process_that_dies_ends_the_run_which_goes_on(tmp_path, how, rank, str
     if rank == 1:
         reason = "was killed by signal 9 (SIGKILL)" if how == "kill" else "ended with exit code 2"
         assert f"process 0 of 2 stops at step 5: process 1 {reason}" in said
+        assert f"go on with --ckpt_path {Path('runs', 'dies', 'version_0')}." in said
     folder = tmp_path / "runs" / "dies" / "version_0"
     assert ckpt.read_whole(folder / "last.ckpt")["global_step"] == 4
     again = ["--data.batch_size", "4", "--ckpt_path", str(folder / "last.ckpt"), "--name", "again"]
