@@ -16,6 +16,7 @@ from statezoo.linearize import linearize
 from statezoo.listing import aligned, listing, pretrained_listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
+from statezoo.plan.command import plan
 from statezoo.publish import publish
 
 
@@ -175,6 +176,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "lengths": lengths,
     "explain": explain,
     "linearize": linearize,
+    "plan": plan,
     "list": list_parts,
     "tokenizer extend": extend_tokenizer,
     "tokenizer train": train_tokenizer,
