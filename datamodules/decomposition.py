@@ -154,7 +154,8 @@ class Buckets:
 
     def batches(self, rows: int) -> NDArray[np.int64]:
         """``[K]`` batches of each bucket where one has ``rows`` pieces of the longest length."""
-        return np.diff(self.ends, prepend=0) // (rows * self.longest // self.lengths)
+        counts: NDArray[np.int64] = np.diff(self.ends, prepend=0)
+        return counts // (rows * self.longest // self.lengths)
 
     def describe(self, rows: int) -> str:
         """Say how many pieces there are of each length, and what is not trained on."""
