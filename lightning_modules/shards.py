@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -117,7 +118,9 @@ class Shards:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         try:
-            load(dict(into), storage_reader=self._reader(), no_dist=True)
+            with warnings.catch_warnings():  # that it reads by itself, which is what it is told
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                load(dict(into), storage_reader=self._reader(), no_dist=True)
         except CheckpointException as error:  # no Exception, and of no one type
             cause = next(iter(error.failures.values()))[0]
             raise ShardError(f"{str(self.folder)!r} cannot be read: {cause}") from error

@@ -338,6 +338,7 @@ def quiet() -> None:
         ".*You defined a `validation_step` but have no.*",
         ".*is smaller than the logging interval.*",
         ".*`tensorboardX` has been removed.*",
+        "FSDP2-wrapped module .* returned a view tensor.*",  # states, which no one writes into
     ):
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
