@@ -62,8 +62,8 @@ GDN = {"n_heads": 2, "head_dim": 8, "expand_v": 2.0, "d_conv": 3}
 CASES = {
     "gla": ({"n_heads": 2, "expand_k": 0.5, "expand_v": 1.0, "gate_rank": 4, "d_conv": 0}, gla),
     "gated_deltanet": (GDN, gated_deltanet),
-    "mamba": ({"expand": 2, "d_state": 4, "dt_rank": 3, "d_conv": 4}, mamba),
-    "mamba2": ({"expand": 2, "head_dim": 16, "d_state": 8, "d_conv": 4}, mamba2),
+    "mamba": ({"expand": 2.0, "d_state": 4, "dt_rank": 3, "d_conv": 4}, mamba),
+    "mamba2": ({"expand": 2.0, "head_dim": 16, "d_state": 8, "d_conv": 4}, mamba2),
     "attention": ({"n_heads": 4, "n_kv_heads": 2}, attention),
     "mom": ({"inner_settings": GDN, "n_memories": 4, "top_k": 2}, mom),
 }
@@ -90,9 +90,7 @@ def test_attention_grows_with_the_length_and_a_window_stops_it():
 @pytest.mark.parametrize("T", [1, 3, 7, 20])
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (4, 0), (4, 2), (4, 30)])
 def test_visible_pairs_are_those_of_the_definition(T, window, sinks):
-    seen = [
-        t - s < (window or T) or s < sinks for t in range(T) for s in range(T) if s <= t
-    ]
+    seen = [t - s < (window or T) or s < sinks for t in range(T) for s in range(T) if s <= t]
     assert visible_pairs(T, window, sinks) == sum(seen)
 
 
@@ -134,9 +132,8 @@ def test_the_measured_peak_is_a_rate_of_products():
 
 def test_mfu_is_flops_of_the_model_over_the_peak(trainer, tiny, batches):
     module = tiny()
-    seen = {}
     fit = trainer(max_steps=4, log_every_n_steps=2, callbacks=[Utilisation(peak=1e12)])
-    fit.fit(module, batches)
+    fit.fit(module, batches([8] * 4))
     seen = {key: float(value) for key, value in fit.callback_metrics.items()}
     per_token = count_flops(module.net.config, 8).training
     want = seen["train/tokens_per_second"] * per_token / 1e12
@@ -145,7 +142,7 @@ def test_mfu_is_flops_of_the_model_over_the_peak(trainer, tiny, batches):
 
 def test_without_a_peak_there_is_no_mfu(trainer, tiny, batches):
     fit = trainer(max_steps=2, log_every_n_steps=1, callbacks=[Utilisation()])
-    fit.fit(tiny(), batches)
+    fit.fit(tiny(), batches([8] * 2))
     assert "train/mfu" not in fit.callback_metrics
     with pytest.raises(ValueError, match="peak above 0 FLOP/s or 'measured', got 0"):
         Utilisation(peak=0)

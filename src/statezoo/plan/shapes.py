@@ -126,8 +126,8 @@ def _sized(
 
     Its kind of layers and their settings are those of the architecture's largest preset. The depth
     is that of GPT-3 at this size, times what the preset has over GPT-3 at its own; the width the
-    multiple of 128 that comes nearest. Heads of a fixed width, and those of attention, grow in
-    number with the width of the network; others grow with it themselves.
+    multiple of 128 that comes nearest. Heads grow in number with the width of the network, up to a
+    few less where it could not be cut so; up to four heads stay as many, and grow in width.
     """
     from statezoo.lightning_modules.estimate import sizes
 
@@ -138,9 +138,15 @@ def _sized(
     n_layers = int(settings.get("n_layers", max(1, round(depth / period)) * period))
 
     def at(width: int) -> StateZooConfig:
-        scaled = _scaled(init, width / init["d_model"])
-        made = {**scaled, "d_model": width, "n_layers": n_layers, **settings}
-        return _config(cls, made, vocab_size)
+        wrong: list[ValueError] = []
+        for fewer in range(9):  # heads that the width can be cut into
+            scaled = _scaled(init, width / init["d_model"], fewer)
+            made = {**scaled, "d_model": width, "n_layers": n_layers, **settings}
+            try:
+                return _config(cls, made, vocab_size)
+            except ValueError as error:
+                wrong.append(error)
+        raise wrong[0]
 
     if "d_model" in settings:
         return at(int(settings["d_model"]))
@@ -184,24 +190,24 @@ def _largest_preset(name: str) -> tuple[str, dict[str, Any]]:
     return part["class_path"], part["init_args"]
 
 
-def _scaled(init: Mapping[str, Any], times: float) -> dict[str, Any]:
+def _scaled(init: Mapping[str, Any], times: float, fewer: int) -> dict[str, Any]:
     """Scale the numbers of heads, and widths that a preset names, with the width of the network."""
     made = dict(init)
     entries = [dict(m) if isinstance(m, Mapping) else {"name": m} for m in init.get("mixers", [])]
     if entries:
-        made["mixers"] = [_heads(entry, times) for entry in entries]
+        made["mixers"] = [_heads(entry, times, fewer) for entry in entries]
     elif "n_heads" in init:
-        made |= _heads(init, times)
+        made |= _heads(init, times, fewer)
     if isinstance(init.get("inner_settings"), Mapping):
-        made["inner_settings"] = _heads(init["inner_settings"], times)
+        made["inner_settings"] = _heads(init["inner_settings"], times, fewer)
     channel = init.get("channel")
     if isinstance(channel, Mapping) and channel.get("inner"):
         made["channel"] = {**channel, "inner": max(64, round(channel["inner"] * times / 64) * 64)}
     return made
 
 
-def _heads(settings: Mapping[str, Any], times: float) -> dict[str, Any]:
+def _heads(settings: Mapping[str, Any], times: float, fewer: int) -> dict[str, Any]:
     heads = settings.get("n_heads")
     if heads is None or (heads <= 4 and "head_dim" not in settings):
         return dict(settings)
-    return {**settings, "n_heads": max(1, round(heads * times))}
+    return {**settings, "n_heads": max(1, round(heads * times) - fewer)}
