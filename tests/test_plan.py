@@ -15,6 +15,7 @@ from statezoo.plan.cost import Costs, Job, Machine, Way
 from statezoo.plan.shapes import find_shape, number
 from statezoo.zoo import StateZooConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 FAMILIES = ["gla", "gated_deltanet", "mamba2", "mamba", "mom", "attention"]
 SHAPES = [(2, 64, 32, 5), (3, 96, 48, 4)]  # windows, tokens, width, layers
 

@@ -10,6 +10,8 @@ from statezoo.lightning_modules.devices import DEVICES, find_device, measured_pe
 from statezoo.lightning_modules.flops import count_flops
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+
 D, W, T = 32, 50, 24
 
 
