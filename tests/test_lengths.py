@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from contextlib import ExitStack
 from itertools import pairwise
 
 import numpy as np
@@ -48,11 +49,18 @@ def letters(n, seed=0):
     return "".join(words)[:n]
 
 
-def stored(tokenizer, *texts):
-    store = positions.Store()
-    for text in texts:
-        store.add([tokenizer.encode_document(text.encode())])
-    return store
+@pytest.fixture
+def stored():
+    """Documents as tokens in a file, closed after the test."""
+    with ExitStack() as stack:
+
+        def store_of(tokenizer, *texts):
+            store = stack.enter_context(positions.Store())
+            for text in texts:
+                store.add([tokenizer.encode_document(text.encode())])
+            return store
+
+        yield store_of
 
 
 def plain_loop(net, ids, starts, length, bos):
@@ -68,7 +76,7 @@ def plain_loop(net, ids, starts, length, bos):
     return found
 
 
-def test_curves_equal_a_plain_loop_over_windows(model, monkeypatch):
+def test_curves_equal_a_plain_loop_over_windows(model, monkeypatch, stored):
     """In float64 to 1e-9 nats; pieces of 64 tokens, so the state is handed on."""
     monkeypatch.setattr(scoring, "TOKENS", 64)
     scorer = scoring.open_scorer(model, batch_size=3)
@@ -102,7 +110,7 @@ def test_curves_equal_a_plain_loop_over_windows(model, monkeypatch):
     assert {12, 24, 48, 96} <= {b for _, b in bounds}
 
 
-def test_standard_errors_of_bins_are_over_windows_and_trained_lengths(model):
+def test_standard_errors_of_bins_are_over_windows_and_trained_lengths(model, stored):
     """Bins beyond the trained length, of one window, still have one where they span several."""
     scorer = scoring.open_scorer(model)
     store = stored(Bytes(), letters(200))
@@ -126,7 +134,7 @@ def test_standard_error_of_a_mean_of_unequal_clusters():
     assert np.mean(means) == pytest.approx(2, abs=0.03)
 
 
-def test_the_state_is_empty_where_a_window_begins(model):
+def test_the_state_is_empty_where_a_window_begins(model, stored):
     """What lies before a window changes its first token's loss alone, through the token read."""
     scorer = scoring.open_scorer(model)
     texts = [letters(48, 1)[:-1] + "X" + letters(48, 2), letters(48, 3)[:-1] + "X" + letters(48, 2)]
@@ -156,7 +164,7 @@ def test_bins_are_spaced_evenly_on_a_logarithm(trained):
     assert all(b <= 1.5 * a + 1 for a, b in pairwise(edges[1:]))
 
 
-def test_n_is_read_and_not_scored(tmp_path):
+def test_n_is_read_and_not_scored(tmp_path, stored):
     scorer = scoring.open_scorer(saved(tmp_path, Nucleotides(), ["gla"]))
     text = "ACGTNNNNACGTACGTACGTACGA"
     curves = list(positions.measure(scorer, stored(Nucleotides(), text), [(0, True)], 12, 2))
@@ -168,7 +176,7 @@ def test_n_is_read_and_not_scored(tmp_path):
     assert all(math.isnan(part.stderr) for part in empty)
 
 
-def test_bytes_of_byte_pair_encoding(tmp_path):
+def test_bytes_of_byte_pair_encoding(tmp_path, stored):
     (tmp_path / "a.txt").write_text("one two three two one " * 20, encoding="utf-8")
     tokenizer = train_bpe([tmp_path / "a.txt"], 270, tmp_path / "bpe")
     scorer = scoring.open_scorer(saved(tmp_path / "net", tokenizer, ["gla"]))
@@ -285,11 +293,11 @@ def test_memory_of_attention_is_told_and_of_a_recurrent_net_is_none(tmp_path):
     assert positions.growing_bytes(scoring.open_scorer(
         saved(tmp_path / "g", Bytes(), ["gla"])).net, 1 << 20) == 0  # fmt: skip
     peaks = []
-    for n in (4096, 16384):
+    for n in (2048, 8192):
         stream, counter = scoring.Stream(net, torch.zeros(1).long()), LiveBytes([*net.parameters()])
         with counter:
             stream.read(torch.zeros(1, n).long())
         peaks.append(counter.peak)
-    more = positions.growing_bytes(net, 16384) - positions.growing_bytes(net, 4096)
+    more = positions.growing_bytes(net, 8192) - positions.growing_bytes(net, 2048)
     assert peaks[1] - peaks[0] <= 1.05 * more
     assert more <= 2 * (peaks[1] - peaks[0])

@@ -53,32 +53,29 @@ def lengths(
     """
     _check(trained_length, times, tokens, out)
     from statezoo.download import local
-    from statezoo.evaluation.positions import choose_spans, measure
+    from statezoo.evaluation.positions import Store, choose_spans, measure
     from statezoo.evaluation.scoring import open_scorer
     from statezoo.evaluation.scoring import trained_length as known_length
 
     place = local(model)
+    scorer = open_scorer(place, device, batch_size)
     trained = trained_length or known_length(place)
     if trained is None:
         raise ValueError(
             f"the length that {model!r} was trained on stands in no config.yaml or metrics.json "
             "beside it: give --trained_length TOKENS."
         )
-    scorer = open_scorer(place, device, batch_size)
-    store = _read(paths, scorer, text_field)
-    times = _fit(store.bounds, trained, times)
-    size = times * trained
-    spans = choose_spans(store.bounds, size, max(tokens // size, 1))
-    _warn(scorer.net, size)
-    _tell(store.bounds, size, len(spans))
-    heads = ["tokens", "times", "windows", "nats/token", "s.e.", "change", "s.e."]
-    _line(*heads, f"bits/{scorer.unit}")
-    curves = []
-    for curve in measure(scorer, store, spans, trained, times):
-        curves.append(curve)
-        whole = curve.whole
-        numbers = (whole.nll, whole.stderr, curve.change, curve.change_stderr, curve.bits)
-        _line(curve.length, f"{curve.length // trained}x", curve.windows, *map(_number, numbers))
+    with Store() as store:
+        _read(store, paths, scorer, text_field)
+        times = _fit(store.bounds, trained, times)
+        size = times * trained
+        spans = choose_spans(store.bounds, size, max(tokens // size, 1))
+        _warn(scorer.net, size)
+        _tell(store.bounds, size, len(spans))
+        curves = [
+            _show(curve, trained, scorer.unit)
+            for curve in measure(scorer, store, spans, trained, times)
+        ]
     _say("change: on the same tokens, against 1x; s.e.: standard error")
     picture = Path(out).with_suffix(".png")
     _write(Path(out), curves)
@@ -100,17 +97,16 @@ def _check(trained_length: int | None, times: int, tokens: int, out: str) -> Non
         raise ValueError(f"cannot write {out}: there is no folder {str(Path(out).parent)!r}.")
 
 
-def _read(paths: Sequence[str], scorer: Scorer, text_field: str) -> Store:
-    """Tokenise all documents into a temporary file.
+def _read(store: Store, paths: Sequence[str], scorer: Scorer, text_field: str) -> None:
+    """Tokenise all documents into ``store``.
 
     Raises:
         ValueError: If there is none.
     """
     from statezoo.datamodules.records import Report
     from statezoo.evaluation.documents import documents, encode
-    from statezoo.evaluation.positions import Store
 
-    store, report = Store(), Report()
+    report = Report()
     for path in paths:
         for parts in documents(path, scorer.tokenizer, report, text_field):
             store.add(encode(scorer.tokenizer, parts))
@@ -118,7 +114,6 @@ def _read(paths: Sequence[str], scorer: Scorer, text_field: str) -> Store:
         raise ValueError("\n".join([f"there is no text in {', '.join(paths)}.", *report[:10]]))
     for line in report[:20]:
         sys.stderr.write(f"skipped {line}\n")
-    return store
 
 
 def _fit(bounds: Sequence[int], trained: int, times: int) -> int:
@@ -167,17 +162,24 @@ def _tell(bounds: Sequence[int], size: int, spans: int) -> None:
     _say(f"{_count(spans, 'span')} of {size} tokens; {_count(len(documents), 'document')}{left}")
 
 
+def _show(curve: Curve, trained: int, unit: str) -> Curve:
+    """Write a row of the table at once, as a length takes its time; the heads before the first."""
+    whole, times = curve.whole, curve.length // trained
+    if times == 1:
+        heads = ("tokens", "times", "windows", "nats/token", "s.e.", "change", "s.e.")
+        _say(_cells(*heads, f"bits/{unit}"))
+    numbers = (whole.nll, whole.stderr, curve.change, curve.change_stderr, curve.bits)
+    written = ("" if math.isnan(x) else f"{x:.4f}" for x in numbers)
+    _say(_cells(curve.length, f"{times}x", curve.windows, *written))
+    return curve
+
+
+def _cells(*cells: object) -> str:
+    return " ".join(f"{cell!s:>10}" for cell in cells).rstrip()
+
+
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' if n != 1 else ''}"
-
-
-def _number(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.4f}"
-
-
-def _line(*cells: object) -> None:
-    """Write a row of the table at once: a length takes its time."""
-    _say(" ".join(f"{cell!s:>10}" for cell in cells).rstrip())
 
 
 def _say(text: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from statezoo.datamodules.tokenizers import Encoded
-from statezoo.evaluation.scoring import TOKENS, Scorer, Stream
+from statezoo.evaluation.scoring import TOKENS, Scorer, Stream, grows, tokens_at_once
 
 __all__ = ["Bin", "Curve", "Store", "bin_edges", "choose_spans", "growing_bytes", "measure"]
 
@@ -63,7 +63,7 @@ class Curve(NamedTuple):
 
 
 class Store:
-    """Tokens of documents in a temporary file, as they are many.
+    """Tokens of documents in a temporary file, as they are many; a context manager.
 
     Attributes:
         bounds: Where documents begin, and where the last one ends.
@@ -73,6 +73,12 @@ class Store:
         self._file = TemporaryFile()  # noqa: SIM115  # gone with the store
         self._row = np.dtype([("id", np.uint32), ("size", np.uint32)])
         self.bounds = [0]
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
     def add(self, pieces: Iterable[Encoded]) -> None:
         """Add a document, unless it is empty."""
@@ -127,14 +133,11 @@ def growing_bytes(net: Any, length: int) -> int:
     Counts keys and values of all layers, two copies of one layer's while they are put together, and
     the mask of the tokens that are read at once.
     """
-    mixers = net.base_model.mixers()
-    grown = [
-        m.state_size(length) for m in mixers if m.state_size(2 * length) > m.state_size(length)
-    ]
-    if not grown:
+    if not grows(net):
         return 0
-    bool_and_float = 1 + 1 + 4
-    return sum(grown) + 2 * max(grown) + bool_and_float * TOKENS * length
+    sizes = [mixer.state_size(length) for mixer in net.base_model.mixers()]
+    distance_and_mask = 8 + 1 + 1  # bytes for each pair of tokens
+    return sum(sizes) + 2 * max(sizes) + distance_and_mask * tokens_at_once(net) * length
 
 
 def measure(

@@ -78,7 +78,7 @@ class Stream:
     def __init__(self, net: Any, first: Tensor) -> None:
         self.net, self.last = net, first[:, None].to(net.device)
         self.cache = DynamicCache(config=net.config)
-        most = min(LOGITS // int(net.config.vocab_size), TOKENS)
+        most = min(LOGITS // int(net.config.vocab_size), tokens_at_once(net))
         self.step = max(most // len(first), SHORTEST)
 
     @torch.inference_mode()
@@ -100,6 +100,16 @@ class Stream:
             greedy.append((logits.argmax(-1) == part).cpu())
             self.last = part[:, -1:]
         return torch.cat(log_probs, 1), torch.cat(greedy, 1)
+
+
+def grows(net: Any) -> bool:
+    """Say whether the state of a causal network grows with what it has read."""
+    return any(m.state_size(2) > m.state_size(1) for m in net.base_model.mixers())
+
+
+def tokens_at_once(net: Any) -> int:
+    """Return the tokens of a batch that are worked on at once; fewer where each sees all past."""
+    return TOKENS // 4 if grows(net) else TOKENS
 
 
 class Scorer:
@@ -155,10 +165,10 @@ class Scorer:
         return ids, scored, self.units(ids, sizes)
 
     def scored(self, ids: Ids) -> NDArray[np.bool_]:
-        """Say which of ``ids [T]`` are scored: all but N of DNA."""
+        """Say which of ``ids``, in any shape, are scored: all but N of DNA."""
         if isinstance(self.tokenizer, DNATokenizer):
             return np.isin(ids, self.tokenizer.scored)
-        return np.ones(len(ids), dtype=np.bool_)
+        return np.ones(ids.shape, dtype=np.bool_)
 
     def units(self, ids: Ids, sizes: NDArray[np.uint32] | None) -> int:
         """Count what the scored ones of ``ids [T]`` stand for, ``sizes [T]`` each or one."""
