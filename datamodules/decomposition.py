@@ -12,7 +12,7 @@ Source: Pouransari et al., Dataset Decomposition, arXiv:2405.13226v2, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, cast
 
@@ -68,6 +68,11 @@ class Decomposition:
             raise ValueError(f"decomposition.odds must be a number above 0, got {self.odds}.")
         if self.cycles < 1:
             raise ValueError(f"decomposition.cycles must be at least 1, got {self.cycles}.")
+
+    @classmethod
+    def of(cls, settings: Decomposition | Mapping[str, Any]) -> Decomposition:
+        """Return settings that may be a mapping, as configuration files hold them."""
+        return settings if isinstance(settings, cls) else cls(**dict(settings))  # type: ignore[call-overload]
 
 
 DECOMPOSITION = Decomposition()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from statezoo.datamodules.base import SplitData, check_tokenizer
+from statezoo.datamodules.base import SplitData, check_tokenizer, digest
 from statezoo.datamodules.corpus import SPLITS, RawText, Tokens, cut_text, read_text, tokenize
 from statezoo.datamodules.decomposition import (
     DECOMPOSITION,
@@ -101,7 +101,7 @@ class Text(SplitData):
         super().__init__()
         self.path, self.text_field, self.max_bytes = path, text_field, max_bytes
         self.seq_len, self.batch_size, self.packing = seq_len, batch_size, packing
-        self.decomposition, self.carry = decomposition, carry
+        self.decomposition, self.carry = Decomposition.of(decomposition), carry
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.val_context, self.seed, self.num_workers = val_context, seed, num_workers
         self._check_settings()
@@ -140,6 +140,7 @@ class Text(SplitData):
             if len(raw.skipped) > 20:
                 log.warning(f"skipped {len(raw.skipped) - 20} more")
         tokens, labels = self._tokens()
+        self._split_hash = digest(tokens.bounds, labels)
         segments = np.stack([tokens.bounds[:-1], tokens.bounds[1:]], axis=1)
         parts = {name: segments[labels == number] for number, name in enumerate(SPLITS)}
         sizes = {name: int(np.diff(part).sum()) for name, part in parts.items()}
@@ -233,17 +234,23 @@ class Text(SplitData):
             raise ValueError(f"There is no {split} split: raise {split}_fraction.")
         return baselines(self.raw("train")[:limit], held_out)
 
+    def identity(self) -> dict[str, Any]:
+        """Hashes of the text and of its split, and the seed."""
+        self.setup()
+        return {"content": self._read().key, "split": self._split_hash, "seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint alone can read and write text."""
-        return {"tokenizer": self.tokenizer.state_dict()}
+        return super().state_dict() | {"tokenizer": self.tokenizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint was made with the same tokenizer.
+        """Check that the checkpoint was made with the same tokenizer, a run's with the same text.
 
         Raises:
             ValueError: If it was not: its ids would mean other text.
         """
         check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
+        super().load_state_dict(state_dict)
 
     def _check_settings(self) -> None:
         for name, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):

@@ -10,7 +10,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from statezoo.datamodules.base import SplitData, check_tokenizer
+from statezoo.datamodules.base import SplitData, check_tokenizer, digest
 from statezoo.datamodules.decomposition import (
     DECOMPOSITION,
     ONE_LENGTH,
@@ -111,7 +111,8 @@ class DNA(SplitData):
         self.val_contigs, self.test_contigs = val_contigs, test_contigs
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.seq_len, self.batch_size, self.val_context = seq_len, batch_size, val_context
-        self.packing, self.decomposition, self.carry = packing, decomposition, carry
+        self.packing, self.carry = packing, carry
+        self.decomposition = Decomposition.of(decomposition)
         self.rc_augment, self.soft_mask_weight = rc_augment, soft_mask_weight
         self.mask_fraction, self.seed, self.num_workers = mask_fraction, seed, num_workers
         self._check_settings()
@@ -237,17 +238,24 @@ class DNA(SplitData):
         named = {f"SYNTHETIC {name}": bits for name, bits in found.items()}
         return named | {"SYNTHETIC entropy of the generator": self.genome.entropy}
 
+    def identity(self) -> dict[str, Any]:
+        """Hashes of the genome's files and of the regions of each split, and the seed."""
+        self.setup()
+        regions = {split: found.regions for split, found in self.scans.items()}
+        return {"content": self.genome.fingerprint, "split": digest(regions), "seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
         """The tokenizer, so that a checkpoint alone can read and write sequence."""
-        return {"tokenizer": self.tokenizer.state_dict()}
+        return super().state_dict() | {"tokenizer": self.tokenizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint was made with the same tokenizer.
+        """Check that the checkpoint was made with the same tokenizer, a run's with the same genome.
 
         Raises:
             ValueError: If it was not: its ids would mean other bases.
         """
         check_tokenizer(tokenizer_from_state(state_dict["tokenizer"]), self.tokenizer)
+        super().load_state_dict(state_dict)
 
     def _check_settings(self) -> None:
         for name, least in (("seq_len", 1), ("batch_size", 1), ("num_workers", 0), ("seed", 0)):

@@ -266,6 +266,12 @@ def test_settings_that_do_not_fit(kind, own, said):
     assert str(error.value) == said
 
 
+@pytest.mark.parametrize("kind", [Text, DNA])
+def test_settings_as_a_configuration_file_holds_them(kind):
+    data = kind(packing="decomposed", seq_len=64, decomposition={"shortest": 16, "odds": 1.0})
+    assert data.decomposition == Decomposition(16, 1.0, 8)
+
+
 @pytest.mark.parametrize(
     ("own", "said"),
     [
