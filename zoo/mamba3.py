@@ -109,9 +109,11 @@ class Mamba3(Mixer):
         angle, last_angle = running_sum(turn, angle0, cu_seqlens, self.backend)
         q, k = rotate_pairs(q, angle), rotate_pairs(k, angle)
         now, before = dt * trap.sigmoid(), dt * (-trap).sigmoid() * g.exp()
-        kv, kv0, widths = torch.cat([k, v], -1), torch.cat([k0, v0], -1), (k.shape[-1], v.shape[-1])
-        kv_before, last_kv = shift(kv, kv0, cu_seqlens, self.backend)
-        k_before, v_before = kv_before.split(widths, -1)
+        kv, kv0 = torch.cat([k, v], -1), torch.cat([k0, v0], -1)
+        (k_before, v_before), (last_k, last_v) = (
+            y.split((k.shape[-1], v.shape[-1]), -1)
+            for y in shift(kv, kv0, cu_seqlens, self.backend)
+        )
         writes = torch.cat([now[..., None] * v, before[..., None] * v_before], 2)
         o, S = gated_linear_attention(  # two memories a head, which are read and kept as a sum
             torch.cat([q, q], 2), torch.cat([k, k_before], 2), writes, torch.cat([g, g], 2),
@@ -121,7 +123,7 @@ class Mamba3(Mixer):
         o, S = (y.unflatten(n, (2, -1)).sum(n) for y, n in ((o, 2), (S, 1)))
         o = o + self.D[:, None] * v
         y = o.flatten(-2) * F.silu(z.to(acc))
-        return self.out_proj(y.to(x.dtype)), Mamba3State(S, *last_kv.split(widths, -1), last_angle)
+        return self.out_proj(y.to(x.dtype)), Mamba3State(S, last_k, last_v, last_angle)
 
     def initial_state(self, n: int, like: Tensor) -> Mamba3State:
         """Return the empty state of ``n`` sequences."""
