@@ -137,7 +137,7 @@ def show_equality(rows: list[Row]) -> list[str]:
     return [
         f"{row['mixer']} on {row['processes']} processes is off by more than {ALLOWED:.0e}"
         for row in rows
-        if not max(float(row["outputs"]), float(row["gradients"])) < ALLOWED
+        if not all(float(row[what]) < ALLOWED for what in ("outputs", "gradients"))
     ]
 
 
