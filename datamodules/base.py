@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import abstractmethod
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from statezoo.datamodules.decomposition import PieceLoader
 from statezoo.datamodules.loader import SeekableLoader
 from statezoo.datamodules.streams import StreamLoader
 
-__all__ = ["SplitData", "check_tokenizer"]
+__all__ = ["SplitData", "check_tokenizer", "digest"]
 
 
 class SplitData(LightningDataModule):
@@ -96,9 +97,54 @@ class SplitData(LightningDataModule):
             epoch=epoch,
         )
 
+    def identity(self) -> dict[str, Any]:
+        """Say what decides the order of what is read beside sizes, as plain data.
+
+        ``seed``, and hashes of the ``content`` of all that is read and of its ``split``.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run that goes on must find again."""
+        return {"identity": self.identity()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a run goes on with the data that it had.
+
+        Raises:
+            ValueError: If the data has changed since; says what has.
+        """
+        trainer, had = self.trainer, state_dict.get("identity")
+        if not had or trainer is None or trainer.state.fn != "fit":
+            return
+        place, has = getattr(self, "path", None) or "the default data", self.identity()
+        changed = next((k for k in ("seed", "content", "split") if had.get(k) != has.get(k)), None)
+        if changed == "content":
+            raise ValueError(
+                f"{place} is not what it was when the checkpoint was made: put it back as it was, "
+                "or start a new run from the weights with --model.pretrained."
+            )
+        if changed is not None:
+            values = f"{changed} {had[changed]}", f"{has[changed]}"
+            values = values if changed == "seed" else ("another split of " + place, "a new one")
+            raise ValueError(
+                f"The checkpoint was made with {values[0]}, this data has {values[1]}: set it back "
+                "as it was, or start a new run from the weights with --model.pretrained."
+            )
+
     def tells(self) -> bool:
         """Say whether this process speaks for all."""
         return self.trainer is None or bool(self.trainer.is_global_zero)
+
+
+def digest(*parts: Any) -> str:
+    """Return a hash of bytes, arrays, and plain data."""
+    found = hashlib.sha256()
+    for part in parts:
+        part = part.tobytes() if hasattr(part, "tobytes") else part
+        part = part if isinstance(part, bytes) else repr(part).encode()
+        found.update(b"%d:" % len(part) + part)
+    return found.hexdigest()[:32]
 
 
 def check_tokenizer(saved: Any, has: Any, setting: str = "tokenizer") -> None:

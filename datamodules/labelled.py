@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from statezoo.datamodules.base import SplitData, check_tokenizer
+from statezoo.datamodules.base import SplitData, check_tokenizer, digest
 from statezoo.datamodules.examples import SPLITS, Examples, assign_splits, collect, overlaps
 from statezoo.datamodules.labelled_batches import LabelledRows, LengthLoader
 from statezoo.datamodules.labelled_rows import Row, Rows
@@ -34,11 +34,12 @@ log = logging.getLogger(__name__)
 
 
 class _Read(NamedTuple):
-    """All labelled rows, the split of each ``[n]``, and their labels."""
+    """All labelled rows, the split of each ``[n]``, their labels, and a hash of both."""
 
     examples: Examples
     splits: NDArray[np.str_]
     labels: Labels
+    content: str
 
 
 class LabelledData(SplitData):
@@ -234,9 +235,16 @@ class LabelledData(SplitData):
     def places(self, content: bytes) -> int:
         """How many tags a row should have."""
 
+    def identity(self) -> dict[str, Any]:
+        """Hashes of the rows with their labels and of their split, and the seed."""
+        if self.only_predicts:
+            return {}
+        data = self._data
+        return {"content": data.content, "split": digest(data.splits), "seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
         """Classes and tokenizer, so that a checkpoint alone can name what it predicts."""
-        return {
+        return super().state_dict() | {
             "class_names": self.class_names,
             "label_kind": self.row_kind,
             "tokenizer": self.tokenizer.state_dict(),
@@ -262,6 +270,7 @@ class LabelledData(SplitData):
                 "run from the weights with pretrained."
             )
         self._known, self.label_kind = names, kind
+        super().load_state_dict(state_dict)
 
     _known: list[str] = []  # noqa: RUF012  # of a checkpoint; never changed in place
 
@@ -299,8 +308,9 @@ class LabelledData(SplitData):
         if self.tells():
             listed = f"{_said(self.kind, many=True)} {', '.join(labels.names)}"
             log.info(f"{place}: {sizes}; {listed}; {self.about(found)}")
+        content = digest(*found.contents, found.labels)
         found.labels = list[RawLabel]()  # they may be large
-        return _Read(found, splits, labels)
+        return _Read(found, splits, labels, content)
 
     def tell(self, place: str, found: Examples, told: Sequence[str] = ()) -> None:
         """Say what was left out or cut, and what else there is to say."""

@@ -201,6 +201,22 @@ class Checkpoints(Checkpoint):
         if self._waits:
             self._save_last(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the step of a validation that came only because the run ended.
+
+        Lightning counts it when it goes on and finds that a validation is due; here none is.
+        """
+        loop = trainer.fit_loop
+        if not (trainer.state.fn == "fit" and trainer.validating and trainer.should_stop):
+            return
+        trainer.should_stop = False
+        due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+        trainer.should_stop = True
+        if not due:
+            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what has waited for a validation that did not come."""
         if self._waits:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import zlib
 from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -94,6 +95,15 @@ class Genome:
         """Path, size and time of change of each file: differs where the content may differ."""
         files = dict.fromkeys(file for file, _ in self._contigs.values())
         return [_identity(file.path) for file in files]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the content of all files, each of which is read once from end to end."""
+        found = hashlib.sha256()
+        for path in sorted({file.path for file, _ in self._contigs.values()}):
+            with path.open("rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+        return found.hexdigest()[:32]
 
     def length(self, name: str) -> int:
         """Bases of a contig.

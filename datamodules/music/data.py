@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from statezoo.datamodules.base import SplitData, check_tokenizer
+from statezoo.datamodules.base import SplitData, check_tokenizer, digest
 from statezoo.datamodules.music.base import Ids, MusicTokenizer
 from statezoo.datamodules.music.baselines import Markov, repeat_bits, unigram_bits
 from statezoo.datamodules.music.corpus import (
@@ -154,6 +154,7 @@ class Music(SplitData):
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
+        self._split_hash = digest(tokens.bounds, labels)
         for split in ("train", "val", "test"):
             mine = labels == split
             if mine.any():
@@ -229,22 +230,28 @@ class Music(SplitData):
         units = sum(int(tokenizer.counts[ids].sum()) for ids in test)
         return {name: value / units for name, value in bits.items()}
 
+    def identity(self) -> dict[str, Any]:
+        """Hashes of the pieces and of their split, and the seed."""
+        self.setup()
+        return {"content": self.pieces.key, "split": self._split_hash, "seed": self.seed}
+
     def state_dict(self) -> dict[str, Any]:
         """What makes a checkpoint read and write music, and what music it was made with."""
-        return {
+        return super().state_dict() | {
             "tokenizer": self.tokenizer.state_dict(),
             "path": self.path,
             "transpose": list(self.transpose),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that the checkpoint was made with the same tokenizer.
+        """Check that the checkpoint was made with the same tokenizer, a run's with the same music.
 
         Raises:
             ValueError: If it was not: its ids would mean other music.
         """
         saved = music_tokenizer_from_state(state_dict["tokenizer"])
         check_tokenizer(saved, self.tokenizer, "encoding")
+        super().load_state_dict(state_dict)
 
     def _make_tokenizer(self, **found: Any) -> MusicTokenizer:
         tokenizer = music_tokenizer(self.encoding, **(found | self.encoding_settings))

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from statezoo.datamodules.base import SplitData
+from statezoo.datamodules.base import SplitData, digest
 from statezoo.datamodules.music.corpus import read_all, split_pieces
 from statezoo.datamodules.music.frame_baselines import frame_baselines
 from statezoo.datamodules.music.readers import music_source
@@ -153,16 +153,26 @@ class PianoFrames(SplitData):
         found = frame_baselines(self.rolls("train"), self.rolls("val"))
         return {name: nats / math.log(2) for name, nats in found.items()}
 
+    def identity(self) -> dict[str, Any]:
+        """Hashes of the frames and of their split, and the seed."""
+        self.setup()
+        return self._identity
+
     def state_dict(self) -> dict[str, Any]:
         """Where the pieces came from, so that a benchmark knows what a checkpoint has seen."""
-        return {
+        return super().state_dict() | {
             "path": self.path,
             "steps_per_quarter": self.steps_per_quarter,
             "transpose": self.transpose,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to put back: any frames of 88 keys fit any model of them."""
+        """Check that a run goes on with the same music; its weights fit any other.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        super().load_state_dict(state_dict)
 
     def _check_settings(self) -> None:
         least = {"steps_per_quarter": 1, "batch_size": 1, "transpose": 0, "max_frames": 1}
@@ -189,6 +199,8 @@ class PianoFrames(SplitData):
             test_fraction=self.test_fraction,
             seed=self.seed,
         )
+        content = digest(pieces.key, self.steps_per_quarter)
+        self._identity = {"content": content, "split": digest(labels), "seed": self.seed}
         if self.tells():
             for row in pieces.skipped[:20]:
                 log.warning(f"skipped {row.name}: {row.reason}")

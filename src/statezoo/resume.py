@@ -50,10 +50,10 @@ def resume(asked: str | None, runs: Path, named: bool) -> Resumed:
         return _last_run(runs)
     if asked is None or asked in arguments.KEYWORDS:
         return Resumed(asked)
+    path = arguments.find_checkpoint(asked, LAST)
+    folder = path.parent
     if not Path(asked).is_dir():
-        ckpt.read_whole(asked)
-        return Resumed(asked)
-    folder = arguments.find_checkpoint(asked, LAST).parent
+        return Resumed(str(_checked(path)))
     goes_on = (folder / "config.yaml").is_file() and not (
         named and folder.parent.resolve() != runs.resolve()
     )
@@ -69,6 +69,21 @@ def _last_run(runs: Path) -> Resumed:
         return Resumed(_newest(folder, True), folder)
     rank_zero_info(f"{folder} has no checkpoint yet: it begins again")
     return Resumed(None, folder)
+
+
+def _checked(path: Path) -> Path:
+    """Return the path, if all of the file is as it was written."""
+    try:
+        ckpt.read_whole(path)
+    except ckpt.CheckpointError as error:
+        others = [name for name in ckpt.RESUMES if name != path.name]
+        if not any((path.parent / name).exists() for name in others):
+            raise
+        raise ckpt.CheckpointError(
+            f"{error} Give the run's folder, --ckpt_path {path.parent}, and it goes on from the "
+            "newest checkpoint that can be read."
+        ) from error
+    return path
 
 
 def _newest(folder: Path, goes_on: bool) -> str:
