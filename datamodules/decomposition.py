@@ -72,7 +72,7 @@ class Decomposition:
     @classmethod
     def of(cls, settings: Decomposition | Mapping[str, Any]) -> Decomposition:
         """Return settings that may be a mapping, as configuration files hold them."""
-        return settings if isinstance(settings, cls) else cls(**dict(settings))  # type: ignore[call-overload]
+        return settings if isinstance(settings, Decomposition) else cls(**settings)
 
 
 DECOMPOSITION = Decomposition()
@@ -159,8 +159,9 @@ class Buckets:
 
     def batches(self, rows: int) -> NDArray[np.int64]:
         """``[K]`` batches of each bucket where one has ``rows`` pieces of the longest length."""
-        counts: NDArray[np.int64] = np.diff(self.ends, prepend=0)
-        return counts // (rows * self.longest // self.lengths)
+        each = rows * self.longest // self.lengths
+        found: NDArray[np.int64] = np.diff(self.ends, prepend=0) // each
+        return found
 
     def describe(self, rows: int) -> str:
         """Say how many pieces there are of each length, and what is not trained on."""
