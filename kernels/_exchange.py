@@ -142,7 +142,7 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dS: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dS: Tensor) -> tuple[Tensor | None, ...]:
         shard, (S,) = ctx.shard, ctx.saved_tensors
         got = all_gather(shard, ctx.op, "backward", dS)
         d = torch.zeros_like(dS)  # gradient of the states that go out of slice r
@@ -163,7 +163,7 @@ def _through(ctx: Any, r: int, S: Tensor, adjoint: bool = False) -> Tensor:
         return torch.zeros_like(S)
     if ctx.maps is None:
         return S
-    A = ctx.maps[r]
+    A: Tensor = ctx.maps[r]
     if not ctx.matrix:
         return A * S
     return A.mT @ S if adjoint else A @ S

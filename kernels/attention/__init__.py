@@ -120,8 +120,8 @@ def _on_slice(
         seen = L - T + n
         parts = [_fresh(q[:, :n], k[:, :seen], v[:, :seen], scale, window, sinks)]
     if n < T:
-        own = (x[:, x.shape[1] - T + n :] for x in (q, k, v))
-        parts += [_packed(*own, scale, window, sinks, cu[1:] - n, None)[0]]
+        q, k, v = q[:, n:], k[:, L - T + n :], v[:, L - T + n :]
+        parts += [_packed(q, k, v, scale, window, sinks, cu[1:] - n, None)[0]]
     return torch.cat(parts, 1), None
 
 

@@ -44,6 +44,6 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
         d = d.unflatten(1, (ctx.shard.size, -1)).movedim(1, 0)
         return reduce_scatter(ctx.shard, "attention", d), None

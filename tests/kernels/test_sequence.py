@@ -184,8 +184,6 @@ def recomputed():
 
     results = []
     for o, S in (run(), checkpoint(run, use_reentrant=False)):
-        with pytest.raises(RuntimeError, match="differentiable twice"):
-            torch.autograd.grad(o.sum(), inputs["x"], create_graph=True)[0].sum().backward()
         results.append(torch.autograd.grad((o * o).sum() + S.sum(), list(inputs.values())))
     return results
 
