@@ -15,7 +15,13 @@ from statezoo.plan.cost import Costs, Job, Machine, Way
 from statezoo.plan.shapes import find_shape, number
 from statezoo.zoo import StateZooConfig
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*You defined a `validation_step`.*"),
+    pytest.mark.filterwarnings("ignore:The number of training batches.*"),
+]
 FAMILIES = ["gla", "gated_deltanet", "mamba2", "mamba", "mom", "attention"]
 SHAPES = [(2, 64, 32, 5), (3, 96, 48, 4)]  # windows, tokens, width, layers
 

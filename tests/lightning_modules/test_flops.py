@@ -10,7 +10,13 @@ from statezoo.lightning_modules.devices import DEVICES, find_device, measured_pe
 from statezoo.lightning_modules.flops import count_flops
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*You defined a `validation_step`.*"),
+    pytest.mark.filterwarnings("ignore:The number of training batches.*"),
+]
 
 D, W, T = 32, 50, 24
 
