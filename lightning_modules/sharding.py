@@ -60,6 +60,11 @@ class FSDP2(ModelParallelStrategy):
         self._folder: Path | None = None
 
     @property
+    def module(self) -> LightningModule:
+        """The module that is trained, while there is one."""
+        return cast(LightningModule, self.lightning_module)
+
+    @property
     def restore_checkpoint_after_setup(self) -> bool:
         """Say that weights are read before they are spread: checkpoints may add parameters."""
         return False
@@ -82,7 +87,7 @@ class FSDP2(ModelParallelStrategy):
                 f"{self.precision_plugin.precision}: set --trainer.precision."
             )
         cast(Accelerator, self.accelerator).setup(trainer)
-        module = self.lightning_module
+        module = self.module
         if not isinstance(module, FSDPModule):
             self.precision_plugin.convert_module(module)
             shard(module, self.device_mesh["data_parallel"])
@@ -96,7 +101,7 @@ class FSDP2(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return this process's part of the weights."""
-        return self.lightning_module.state_dict()
+        return self.module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return this process's part of an optimiser's state, under the numbers of parameters."""
@@ -115,7 +120,7 @@ class FSDP2(ModelParallelStrategy):
         self._clean()
         step = int(checkpoint.get("global_step", 0))
         name = self.broadcast(f"{step:08d}-{secrets.token_hex(4)}")
-        same = shards.named(self.lightning_module)
+        same = shards.named(self.module)
         try:
             tensors = shards.take(checkpoint, same)
             folder = path.parent / shards.KEY / name
@@ -151,10 +156,10 @@ class FSDP2(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Give the module its weights, before or after it was spread."""
-        state, now = dict(checkpoint["state_dict"]), self.lightning_module.state_dict()
+        state, now = dict(checkpoint["state_dict"]), self.module.state_dict()
         for name in state.keys() & now.keys():
             state[name] = _part(state[name], now[name])
-        self.lightning_module.load_state_dict(state, strict=strict)
+        self.module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Give optimisers their states, of which every process reads its part."""
