@@ -135,7 +135,7 @@ def growing_bytes(net: Any, length: int) -> int:
     """
     if not grows(net):
         return 0
-    sizes = [mixer.state_size(length) for mixer in net.base_model.mixers()]
+    sizes: list[int] = [mixer.state_size(length) for mixer in net.base_model.mixers()]
     distance_and_mask = 8 + 1 + 1  # bytes for each pair of tokens
     return sum(sizes) + 2 * max(sizes) + distance_and_mask * tokens_at_once(net) * length
 
@@ -158,16 +158,16 @@ def measure(
         times: Longest window, a power of 2.
     """
     units = _units(scorer, store, spans, times * trained)
-    one: tuple[Numbers, Numbers] | None = None
+    one: Numbers | None = None  # nats of each trained length of the spans, in its own window
     for k in range(times.bit_length()):
         length = trained << k
         edges = np.union1d(bin_edges(trained, length), np.arange(0, length, trained))
         sums, counts = _window_sums(scorer, store, spans, times * trained, edges)
         pieces = edges[:-1] // trained  # which trained length of its window each part is of
-        per_piece = tuple(_joined(x, pieces).ravel() for x in (sums, counts))
-        one = one or per_piece
-        n, nll, error = _mean(*per_piece)
-        _, change, change_error = _mean(per_piece[0] - one[0], one[1])
+        nats, tokens = _joined(sums, pieces).ravel(), _joined(counts, pieces).ravel()
+        one = nats if one is None else one
+        n, nll, error = _mean(nats, tokens)
+        _, change, change_error = _mean(nats - one, tokens)
         bits = nll * n / math.log(2) / units if units else math.nan
         whole = Bin(0, length, n, nll, error)
         bins = _bins(bin_edges(trained, length), edges, sums, counts)
