@@ -23,8 +23,8 @@ class Utilisation(Callback):
 
     The FLOPs are those that the model needs, see :func:`~statezoo.lightning_modules.flops.
     count_flops`: what is recomputed, padded or done for a chunk's sake does not count. Logged with
-    ``train/tokens_per_second``, for language models all of whose weights are trained. Every run has
-    this callback; it stays silent on a processor, unless there is one with ``peak: measured``.
+    ``train/tokens_per_second``, for language models all of whose weights are trained. On a
+    processor it stays silent, unless it has a ``peak``.
 
     Lightning's ThroughputMonitor takes all batches to be equal, waits for the GPU after each, and
     knows peaks of sparse products for some cards; here windows may grow, and nothing waits.
