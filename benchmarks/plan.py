@@ -27,7 +27,7 @@ def train(name: str, recompute: bool, count: bool) -> dict[str, float]:
     """Make three optimiser steps; return seconds of the best, and bytes."""
     import torch
 
-    from statezoo.lightning_modules.estimate import recompute_blocks
+    from statezoo.lightning_modules.speed import recompute_blocks
     from statezoo.lightning_modules.memory import LiveBytes
     from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 

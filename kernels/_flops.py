@@ -37,13 +37,13 @@ Shape = Sequence[int]
 OPS = torch.ops.statezoo
 
 
-@register_flop_formula(OPS.gated_linear_attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.gated_linear_attention)
 def linear_attention_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     """Count ``4 K V`` for each token and value head."""
     return 4 * prod(v) * k[-1]
 
 
-@register_flop_formula(OPS.gated_linear_attention_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.gated_linear_attention_backward)
 def linear_attention_backward_flops(
     do: Shape, d_final: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any
 ) -> int:
@@ -51,14 +51,14 @@ def linear_attention_backward_flops(
     return 2 * linear_attention_flops(q, k, v)
 
 
-@register_flop_formula(OPS.gated_delta_rule)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.gated_delta_rule)
 def delta_rule_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
     """Count ``4 K V`` for each write and ``2 K V`` for each read; ``v [B T n Hv V]``."""
     n = v[2]
     return (4 * n + 2) * (prod(v) // max(n, 1)) * k[-1]
 
 
-@register_flop_formula(OPS.gated_delta_rule_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.gated_delta_rule_backward)
 def delta_rule_backward_flops(
     do: Shape, d_final: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any
 ) -> int:
@@ -66,13 +66,13 @@ def delta_rule_backward_flops(
     return 2 * delta_rule_flops(q, k, v)
 
 
-@register_flop_formula(OPS.selective_scan)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.selective_scan)
 def scan_flops(x: Shape, dt: Shape, A: Shape, *_: Any, **__: Any) -> int:
     """Count ``4 N`` for each token and channel."""
     return 4 * prod(x) * A[1]
 
 
-@register_flop_formula(OPS.selective_scan_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.selective_scan_backward)
 def scan_backward_flops(
     dy: Shape, d_final: Shape, x: Shape, dt: Shape, A: Shape, *_: Any, **__: Any
 ) -> int:
@@ -80,13 +80,13 @@ def scan_backward_flops(
     return 2 * scan_flops(x, dt, A)
 
 
-@register_flop_formula(OPS.causal_conv1d)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.causal_conv1d)
 def conv_flops(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     """Count ``2 W`` for each token and channel."""
     return 2 * prod(x) * weight[1]
 
 
-@register_flop_formula(OPS.causal_conv1d_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.causal_conv1d_backward)
 def conv_backward_flops(
     dy: Shape, d_final: Shape, x: Shape, weight: Shape, *_: Any, **__: Any
 ) -> int:
@@ -94,7 +94,7 @@ def conv_backward_flops(
     return 2 * conv_flops(x, weight)
 
 
-@register_flop_formula(OPS.linear_cross_entropy_total)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.linear_cross_entropy_total)
 def loss_and_gradients_flops(
     x: Shape, weight: Shape, targets: Shape, ignore_index: int, chunk: int, need_x: bool,
     need_weight: bool, **_: Any,
@@ -103,13 +103,13 @@ def loss_and_gradients_flops(
     return 2 * prod(x) * weight[0] * (1 + need_x + need_weight)
 
 
-@register_flop_formula(OPS.linear_cross_entropy)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.linear_cross_entropy)
 def loss_flops(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     """Count the logits."""
     return 2 * prod(x) * weight[0]
 
 
-@register_flop_formula(OPS.linear_cross_entropy_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(OPS.linear_cross_entropy_backward)
 def loss_backward_flops(
     scale: Shape, lse: Shape, x: Shape, weight: Shape, targets: Shape, ignore_index: int,
     chunk: int, need_x: bool, need_weight: bool, **_: Any,

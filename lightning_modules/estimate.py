@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from statezoo.lightning_modules.flops import smaller
 from statezoo.lightning_modules.memory import LiveBytes, gradients_dropped
+from statezoo.lightning_modules.speed import recompute_blocks
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
 __all__ = ["Precision", "Sizes", "StepPeak", "sizes", "step_peak"]
@@ -110,7 +111,7 @@ def step_peak(
 
 def _fused(mixer: dict[str, Any]) -> dict[str, Any]:
     """Return a mixer with the fused backend, where it has the choice, and those inside of it."""
-    changed = {"backend": "triton"} if mixer.get("backend") == "auto" else {}
+    changed: dict[str, Any] = {"backend": "triton"} if mixer.get("backend") == "auto" else {}
     inner = mixer.get("inner_settings")
     if isinstance(inner, dict) and inner.get("backend") == "auto":
         changed["inner_settings"] = inner | {"backend": "triton"}
@@ -138,14 +139,6 @@ def _measure(
         finally:
             torch.set_default_dtype(was)
     return StepPeak(forward, counter.peak)
-
-
-def recompute_blocks(net: Any) -> None:
-    """Let a network keep only what is between its blocks for the backward pass."""
-    enable = getattr(net, "activation_checkpointing_enable", None)
-    if enable is None:  # its name up to transformers 5.22
-        enable = net.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 @contextmanager

@@ -62,8 +62,8 @@ def count_flops(config: StateZooConfig, T: int, head: bool = True) -> Flops:
         kinds[key] = (mixer, kinds.get(key, (mixer, 0))[1] + 1)
     for mixer, n in kinds.values():
         one = smaller(config, [mixer])
-        for i, training in enumerate((False, True)):
-            layers[i] += n * _count(one, T, training) / T
+        for i, backward in enumerate((False, True)):
+            layers[i] += n * _count(one, T, backward) / T
     logits = 2.0 * config.d_model * config.vocab_size if head else 0.0
     training = layers[1] + 3 * logits
     parts = {"layers": layers[1], "head": 3 * logits}

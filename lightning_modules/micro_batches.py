@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -76,10 +76,10 @@ class MicroBatches(Callback):
             ValueError: If not even one sequence fits.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        whole = data.batch_size
+        module, whole = cast(Task, pl_module), data.batch_size
         if self.parts is None or whole % self.parts:
-            with _undisturbed(pl_module):
-                self.parts = whole // self._largest(trainer, pl_module, data)
+            with _undisturbed(module):
+                self.parts = whole // self._largest(trainer, module, data)
         self._divide(trainer, data, self.parts)
         rank_zero_info(
             f"each batch of {whole} is read in {self.parts} parts of {data.batch_size}"

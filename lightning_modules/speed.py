@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-__all__ = ["ActivationCheckpointing", "Compile"]
+__all__ = ["ActivationCheckpointing", "Compile", "recompute_blocks"]
 
 
 class ActivationCheckpointing(Callback):
@@ -24,11 +24,7 @@ class ActivationCheckpointing(Callback):
             ValueError: If the network has no blocks.
         """
         if stage == "fit":
-            net = _network(pl_module, "ActivationCheckpointing")
-            enable = getattr(net, "activation_checkpointing_enable", None)
-            if enable is None:  # its name up to transformers 5.22
-                enable = net.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recompute_blocks(_network(pl_module, "ActivationCheckpointing"))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Switch it off again."""
@@ -36,6 +32,14 @@ class ActivationCheckpointing(Callback):
             net: Any = pl_module.net
             disable = getattr(net, "activation_checkpointing_disable", None)
             (net.gradient_checkpointing_disable if disable is None else disable)()
+
+
+def recompute_blocks(net: Any) -> None:
+    """Let a network keep only what is between its blocks for the backward pass."""
+    enable = getattr(net, "activation_checkpointing_enable", None)
+    if enable is None:  # its name up to transformers 5.22
+        enable = net.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 class Compile(Callback):
