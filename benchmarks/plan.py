@@ -27,8 +27,8 @@ def train(name: str, recompute: bool, count: bool) -> dict[str, float]:
     """Make three optimiser steps; return seconds of the best, and bytes."""
     import torch
 
-    from statezoo.lightning_modules.speed import recompute_blocks
     from statezoo.lightning_modules.memory import LiveBytes
+    from statezoo.lightning_modules.speed import recompute_blocks
     from statezoo.zoo import StateZooConfig, StateZooForCausalLM
 
     torch.set_num_threads(1)
