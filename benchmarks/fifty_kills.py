@@ -164,17 +164,22 @@ def step(folder: Path) -> int:
     return max((int(r["step"]) + 1 for r in rows(folder) if (r["step"] or "").isdigit()), default=0)
 
 
-def states(folder: Path) -> tuple[str, int]:
-    """Describe the checkpoints on the disk, and return the step that the newest whole one has."""
-    told, newest = [], 0
+def states(folder: Path) -> tuple[str, dict[str, int]]:
+    """Describe the checkpoints on the disk, and return the step of each whole one."""
+    told, steps = [], {}
     for file in sorted(folder.glob("*.ckpt*")):
         try:
             at = int(ckpt.read_whole(file)["global_step"])
             told.append(f"{file.name} {at}")
-            newest = max(newest, at) if file.suffix == ".ckpt" else newest
+            steps |= {file.name: at} if file.suffix == ".ckpt" else {}
         except ckpt.CheckpointError:
             told.append(f"{file.name} cut off at {file.stat().st_size:,} bytes")
-    return ", ".join(told) or "none", newest
+    return ", ".join(told) or "none", steps
+
+
+def newest(saved: dict[str, int]) -> int:
+    """Return the step from which the run goes on."""
+    return saved.get("last.ckpt", saved.get("previous.ckpt", 0))
 
 
 def moment(life: Life, kind: str, folder: Path, target: int, draw: random.Random) -> None:
@@ -248,7 +253,8 @@ def fifty(kills: int, *, fork: bool, seed: int) -> None:
     if life.code:
         raise SystemExit(Path("whole.txt").read_text())
     say(f"uninterrupted: {steps} steps in {time.monotonic() - life.begin:.1f} s")
-    expected, writing = 0, 0
+    saved: dict[str, int] = {}
+    writing = 0
     for number in range(1, kills + 1):
         life = Life([*command, "killed", "--ckpt_path", "last"], Path("life.txt"), fork=fork)
         kind = KINDS[number % len(KINDS)]
@@ -258,22 +264,22 @@ def fifty(kills: int, *, fork: bool, seed: int) -> None:
         life.kill()
         if done and life.code:
             raise SystemExit(f"life {number} ended by itself:\n{life.output.read_text()}")
-        told, newest = states(folder)
+        before, (told, saved) = saved, states(folder)
         writing += any(folder.glob("*.part"))
         source = life.source()
         say(
             f"{'ended' if done else 'kill'} {number:2d}  {kind:10s} at {seconds:5.1f} s  "
-            f"from {f'{source} {expected}' if source else '-':17s}  "
+            f"from {f'{source} {before[source]}' if source else '-':17s}  "
             f"log at step {step(folder):3d}  on disk: {told}"
         )
-        if newest < expected:
-            raise SystemExit(f"LOST: step {expected} was saved, now the newest is {newest}")
-        expected = newest
+        if newest(saved) < newest(before):
+            raise SystemExit(f"LOST: step {newest(before)} was saved, {newest(saved)} is left")
     life = Life([*command, "killed", "--ckpt_path", "last"], Path("life.txt"), fork=fork)
     life.wait(life.ended)
     if life.code:
         raise SystemExit(life.output.read_text())
-    say(f"the last life went on from {life.source()} {expected}; {writing} kills while writing")
+    source = life.source()
+    say(f"the last life went on from {source} {saved[source]}; {writing} kills while writing")
     for line in compare(whole, folder):
         say(f"equal: {line}")
 

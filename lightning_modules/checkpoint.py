@@ -31,7 +31,8 @@ KEY = "statezoo"
 
 
 RESUMES = ("last.ckpt", "previous.ckpt", "best.ckpt")
-"""Checkpoints that a run leaves and can go on from; the first is the newest."""
+"""Checkpoints that a run leaves, in the order in which it goes on from one. The best comes last, as
+a validation may fall between the micro-batches of a step, whose gradients no checkpoint holds."""
 
 
 class CheckpointError(ValueError):
@@ -111,35 +112,29 @@ def read_whole(path: str | Path) -> dict[str, Any]:
 
 
 def newest_whole(folder: str | Path) -> tuple[Path, dict[Path, str]]:
-    """Return the checkpoint by which a run goes on: the newest that can be read.
+    """Return the checkpoint by which a run goes on: the first of ``RESUMES`` that can be read.
 
     Returns:
-        The file, and what is wrong with those that are damaged.
+        The file, and what is wrong with those before it.
 
     Raises:
         CheckpointError: If none can be read; says why not.
     """
     wrong: dict[Path, str] = {}
-    found: list[tuple[int, Path]] = []
-    for name in RESUMES:
-        path = Path(folder, name)
+    for path in (Path(folder, name) for name in RESUMES):
         if not path.exists():
             continue
         try:
-            step = int(read_whole(path).get("global_step", 0))
+            read_whole(path)
         except (ValueError, OSError) as error:
             wrong[path] = str(error)
-            continue
-        if name == RESUMES[0]:
+        else:
             return path, wrong
-        found.append((step, path))
-    if not found:
-        raise CheckpointError(
-            f"no checkpoint of {str(folder)!r} can be read: "
-            f"{' '.join(wrong.values()) or 'there is none.'} Put back a copy of one, or start a "
-            "new run without --ckpt_path."
-        )
-    return max(found, key=lambda pair: pair[0])[1], wrong
+    raise CheckpointError(
+        f"no checkpoint of {str(folder)!r} can be read: "
+        f"{' '.join(wrong.values()) or 'there is none.'} Put back a copy of one, or start a "
+        "new run without --ckpt_path."
+    )
 
 
 def _check_parts(content: Mapping[str, Any], path: Path) -> None:

@@ -122,8 +122,9 @@ def _sync(folder: Path) -> None:
 class Checkpoints(Checkpoint):
     """Keep the newest state, ``last.ckpt``, and the one that validated best, ``best.ckpt``.
 
-    Either resumes the run exactly where it was, and ``previous.ckpt``, the newest state but one,
-    does where ``last.ckpt`` was damaged. Each is written beside and takes its name when it is whole
+    ``last.ckpt`` resumes the run exactly where it was, and ``previous.ckpt``, the newest state but
+    one, does where that was damaged; so does ``best.ckpt``, unless the validation fell between the
+    micro-batches of a step. Each is written beside and takes its name when it is whole
     and on the disk. Where it cannot be written, because the disk is full, training goes on with a
     warning and tries again the next time; only at the end of the run that is an error. The signal
     TERM has ``last.ckpt`` written first.
@@ -275,7 +276,7 @@ class Checkpoints(Checkpoint):
             else:
                 trainer.save_checkpoint(draft, weights_only=False)
             if trainer.is_global_zero and error is None:
-                put(draft, place, previous and place.with_name(previous))
+                put(draft, place, place.with_name(previous) if previous else None)
         except OSError as failed:
             error = failed
         if error is not None and trainer.is_global_zero:

@@ -105,12 +105,12 @@ def _describe(module: LightningModule, read: Read, i: int) -> dict[str, Any]:
     """Return what is known of a micro-batch."""
     number, batch = read[i]
     row: dict[str, Any] = {"batch": number}
-    loader = module.trainer.train_dataloader
+    loader: Any = module.trainer.train_dataloader
     if hasattr(loader, "index") and hasattr(loader, "done") and not hasattr(loader, "loaders"):
         shift, windows = loader.index(loader.done - len(read) + i)
         row |= {"windows": list(windows), "moved_by": int(shift)}
     row |= {key: x.cpu() for key, x in batch.items() if isinstance(x, Tensor)}
-    tokenizer = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
+    tokenizer: Any = getattr(getattr(module.trainer, "datamodule", None), "tokenizer", None)
     if hasattr(tokenizer, "decode") and "tokens" in batch:
         row["text"] = [tokenizer.decode(ids) for ids in batch["tokens"].cpu().tolist()]
     return row

@@ -29,7 +29,7 @@ class RunLog(CSVLogger):
     @property
     def experiment(self) -> Any:
         """The writer of the first process; others have one that writes nothing."""
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
             self._experiment = _Rows(self.log_dir)
         return super().experiment
 

@@ -89,7 +89,7 @@ def _checked(path: Path) -> Path:
 def _newest(folder: Path, goes_on: bool) -> str:
     """Return the newest whole checkpoint; put damaged ones aside where the run goes on there."""
     found, wrong = ckpt.newest_whole(folder)
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         for path, reason in wrong.items():
             log.warning(f"{reason} Going on from {found.name} instead.")
             if goes_on:
