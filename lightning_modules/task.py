@@ -330,6 +330,8 @@ class Task(LightningModule):
         self.base = ours.get("base", self.base)
         if (rank := ours.get("config", {}).get("initial_states")) is not None:
             learn_initial_states(self.net, rank)  # those of the weights that the run started from
+        if self._trainer is not None:  # which reads weights before it widens them to float64
+            self.trainer.precision_plugin.convert_module(self)
         self.tokenizer_files = ours.get("tokenizer", self.tokenizer_files)
         self._rng = ours.get("rng")
 

@@ -110,7 +110,7 @@ def test_resumes_with_the_parts_it_had(data, trainer, monkeypatch, tmp_path):
     )
     assert again.parts == 3
     for name, tensor in want.items():
-        torch.testing.assert_close(net.state_dict()[name], tensor, atol=1e-7, rtol=1e-6)
+        torch.testing.assert_close(net.state_dict()[name], tensor, atol=1e-9, rtol=1e-9)
 
 
 def test_says_when_nothing_fits(data, trainer, monkeypatch):
