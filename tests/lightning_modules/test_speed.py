@@ -41,7 +41,13 @@ PADS = {"attention", "liger"}
 """Mixers whose attention needs to know the longest of packed sequences: there the graph breaks."""
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+QUICK = ("attention", "gla", "mamba", "gated_deltanet")  # every op once
+
+
+@pytest.mark.parametrize(
+    "mixer",
+    [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in sorted(MIXERS) if n not in QUICK)],
+)
 def test_training_compiles_without_graph_breaks(mixer, tiny, trainer):
     torch._dynamo.reset()
     entry = {"name": mixer, **SMALL.get(mixer, {})}
@@ -66,7 +72,7 @@ def test_compiling_leaves_no_trace(tiny, trainer):
     copy.deepcopy(module.net)
 
 
-@pytest.mark.parametrize("mixer", ["gla", "attention", "mom"])
+@pytest.mark.parametrize("mixer", ["gla", "mom"])
 def test_recomputing_changes_no_bit(mixer, tiny, trainer):
     plain = trained(tiny((mixer,)), trainer, PACKED)
     anew = trained(tiny((mixer,)), trainer, PACKED, callbacks=[ActivationCheckpointing()])
