@@ -16,7 +16,7 @@ usage: statezoo COMMAND [settings]
   validate    score a checkpoint: statezoo validate --ckpt_path runs/.../best.ckpt --data Text
   test        the same on the test split
   predict     write what a model says of each sequence to predictions.csv
-  generate    continue a prompt:  statezoo generate --ckpt runs/... --prompt "Once upon"
+  generate    continue a prompt:  statezoo generate --model gla-novels --prompt "Once upon"
   score       nats and bits per byte of texts
   evaluate    run tasks of lm-evaluation-harness
   lengths     loss by position in windows of 1 to 64 times the trained length
