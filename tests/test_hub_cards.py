@@ -15,7 +15,7 @@ from statezoo.main import main
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 ROOT = shipped.root()
 NAMES = shipped.names()
-CORPORA = {"yeast": "dna"}
+CORPORA = {"novels": "text", "yeast": "dna"}
 """Where the recipes of each corpus are."""
 FAMILIES = ("deltaproduct", "gla", "hybrid", "mamba2", "mom", "transformer")
 MB = 10**6
@@ -77,26 +77,19 @@ def test_settings_are_those_of_its_recipe(name):
 
 @pytest.mark.parametrize("corpus", CORPORA)
 def test_all_beat_what_counting_does_cheaply(corpus):
-    weak = {"yeast": "order_1"}[corpus]
+    weak = {"bach": "repeat", "novels": "xz", "yeast": "order_1"}[corpus]
     for family in FAMILIES:
         said = metrics(f"{family}-{corpus}")
         assert said["results"][f"test/bits_per_{said['unit']}"] < said["baselines"][weak]
 
 
+def test_text_without_training(capsys):
+    main(["generate", "--model", "gla-novels", "--prompt", "It was", "--max-new-tokens", "12"])
+    assert capsys.readouterr().out.startswith("It was")
+
+
 def test_bases_without_training(tmp_path):
     out = tmp_path / "new.fa"
-    main(
-        [
-            "dna",
-            "generate",
-            "--model",
-            "gla-yeast",
-            "--prompt",
-            "ATG",
-            "--tokens",
-            "30",
-            "--out",
-            str(out),
-        ]
-    )
+    given = ["--prompt", "ATG", "--tokens", "30", "--out", str(out)]
+    main(["dna", "generate", "--model", "gla-yeast", *given])
     assert "ATG" in out.read_text()
