@@ -169,7 +169,7 @@ class Watch(Callback):
 def module():
     torch.manual_seed(0)
     mixers = ["gated_deltanet", {"name": "attention", "window": 8}]
-    return CausalLM(mixers, d_model=16, n_layers=2, optim={"warmup_steps": 2})
+    return CausalLM(mixers, d_model=16, n_layers=2, optim={"warmup_steps": 2, "total_steps": 12})
 
 
 def fit(trainer, data, watch, ckpt=None, **settings):
