@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 
+from statezoo.datamodules.base import SplitData
 from statezoo.datamodules.batch import Batch
 from statezoo.datamodules.loader import SeekableLoader
 from statezoo.lightning_modules import checkpoint as ckpt
@@ -60,11 +61,14 @@ class MicroBatches(Callback):
         if stage != "fit":
             return
         data: Any = getattr(trainer, "datamodule", None)
-        if getattr(data, "loader", None) is not SeekableLoader or not isinstance(pl_module, Task):
+        loader = data.train_dataloader() if isinstance(data, SplitData) else None
+        if type(loader) is not SeekableLoader or not isinstance(pl_module, Task):
+            got = type(data).__name__ if loader is None else type(loader).__name__
             raise ValueError(
-                "MicroBatches needs a task and data that is read in windows or pieces, Text, DNA "
-                f"or Music, got {type(pl_module).__name__} and {type(data).__name__}: set "
-                "data.batch_size and trainer.accumulate_grad_batches instead."
+                "MicroBatches needs a task and data whose windows or pieces can be read in any "
+                "number at once: Text, DNA or Music, not carried, decomposed or in buckets; got "
+                f"{type(pl_module).__name__} and {got}: set data.batch_size and "
+                "trainer.accumulate_grad_batches instead."
             )
         if any(isinstance(other, LengthWarmup) for other in trainer.callbacks):  # type: ignore[attr-defined]
             raise ValueError("MicroBatches cannot divide LengthWarmup's batches: leave one out.")

@@ -140,8 +140,20 @@ def test_says_what_it_cannot_divide(data, trainer):
     with pytest.raises(ValueError, match=r"divide LengthWarmup's batches: leave one out"):
         weights(trainer(max_steps=1, callbacks=[MicroBatches(), LengthWarmup()]), datamodule=data())
     fit = trainer(max_steps=1, callbacks=[MicroBatches()])
-    with pytest.raises(ValueError, match=r"data that is read in windows or pieces.*got CausalLM"):
+    with pytest.raises(ValueError, match=r"in any number at once.*got CausalLM and NoneType"):
         MicroBatches().setup(fit, module(), "fit")
+
+
+@pytest.mark.parametrize(
+    ("settings", "got"),
+    [({"carry": True}, "StreamLoader"), ({"packing": "decomposed"}, "PieceLoader")],
+)
+def test_refuses_batches_that_depend_on_their_size(settings, got, data, trainer):
+    with pytest.raises(ValueError, match=rf"not carried, decomposed .*got CausalLM and {got}"):
+        weights(
+            trainer(max_steps=1, callbacks=[MicroBatches()]),
+            datamodule=data(seq_len=64, **settings),
+        )
 
 
 def test_music_can_be_divided():
