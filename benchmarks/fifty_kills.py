@@ -21,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -228,8 +229,12 @@ def compare(whole: Path, killed: Path) -> list[str]:
         torch.equal(x, moments[1][n][k]) for n, s in moments[0].items() for k, x in s.items()
     )
     found.append(check("best.ckpt: optimiser bit for bit", equal))
-    log = rows(whole)
-    found.append(check(f"metrics.csv: {len(log)} rows, none twice or missing", log == rows(killed)))
+    log, other_log = rows(whole), rows(killed)
+    for mine, theirs in zip_longest(log, other_log):
+        if mine != theirs:
+            say(f"uninterrupted: {mine}\nkilled: {theirs}")
+            break
+    found.append(check(f"metrics.csv: {len(log)} rows, none twice or missing", log == other_log))
     facts = [json.loads((folder / "train.json").read_text()) for folder in (whole, killed)]
     for key in ("steps", "tokens"):
         found.append(check(f"train.json: {key} {facts[0][key]:,}", facts[0][key] == facts[1][key]))

@@ -167,6 +167,18 @@ class Checkpoints(Checkpoint):
             for left in folder.glob(f"*{PART}"):
                 left.unlink(missing_ok=True)
 
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the epoch that is under way.
+
+        Lightning leaves out one that it resumes at its beginning; checkpoints of that part of the
+        run, resumed at the end of an epoch, would then be an epoch behind.
+        """
+        progress = trainer.fit_loop.epoch_progress
+        for part in (progress.current, progress.total):
+            part.ready = part.started = part.processed + 1
+
     def on_train_batch_end(
         self,
         trainer: Trainer,
@@ -205,9 +217,10 @@ class Checkpoints(Checkpoint):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Count the step of a validation that came only because the run ended.
+        """Let a validation that came only because the run ended leave a state from before it.
 
-        Lightning counts it when it goes on and finds that a validation is due; here none is.
+        Lightning counts step and epoch when it goes on and finds that a validation is due that was
+        made; here none is due.
         """
         loop = trainer.fit_loop
         if not (trainer.state.fn == "fit" and trainer.validating and trainer.should_stop):
@@ -216,7 +229,9 @@ class Checkpoints(Checkpoint):
         due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
         trainer.should_stop = True
         if not due:
-            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for part in (progress["current"], progress["total"]):
+                part["completed"] -= 1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what has waited for a validation that did not come."""

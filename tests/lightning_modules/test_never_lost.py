@@ -134,6 +134,20 @@ def test_a_run_goes_on_in_its_folder_and_its_log_reads_as_if_it_had_never_stoppe
     assert "ckpt_path: null" in (run / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize("interval", ["4", "6"])  # a validation at the end of epochs, or not
+def test_a_run_that_goes_on_at_the_end_of_epochs_counts_them_right(interval, folder):
+    epochs = ["--trainer.limit_train_batches", "4", "--trainer.val_check_interval", interval]
+    whole = fit("whole", *epochs, steps=12)
+    for steps in (4, 8, 12):
+        run = fit("parts", *epochs, "--ckpt_path", "last", steps=steps)
+    got, want = (
+        [(r["epoch"], r["step"], r["train/nll"]) for r in rows(x) if r["train/nll"]]
+        for x in (run, whole)
+    )
+    assert got == want
+    assert [int(epoch) for epoch, _, _ in got] == [i // 4 for i in range(12)]
+
+
 def test_a_file_or_another_name_begins_a_new_run(folder):
     first = fit("one")
     second = fit("one", "--ckpt_path", str(first / "last.ckpt"), steps=STEPS + 2)
