@@ -175,7 +175,7 @@ class Checkpoints(Checkpoint):
         Lightning leaves out one that it resumes at its beginning; checkpoints of that part of the
         run, resumed at the end of an epoch, would then be an epoch behind.
         """
-        progress = trainer.fit_loop.epoch_progress
+        progress: Any = trainer.fit_loop.epoch_progress
         for part in (progress.current, progress.total):
             part.ready = part.started = part.processed + 1
 

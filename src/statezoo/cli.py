@@ -242,7 +242,7 @@ class StateZooCLI(LightningCLI):
         """Add the logger and callbacks that a run has by default."""
         config = self.config_init[self.subcommand].trainer
         if config.get("logger") in (None, True) and not config.fast_dev_run:
-            run, version = self.run_folder, None
+            run = self.run_folder
             runs = self._runs() if run is None else run.parent
             try:
                 runs.mkdir(parents=True, exist_ok=True)
@@ -251,9 +251,7 @@ class StateZooCLI(LightningCLI):
                     f"cannot write into {str(runs.parent)!r} ({error.strerror}): choose another "
                     "folder with --trainer.default_root_dir."
                 ) from error
-            if run is not None:
-                version, self.config.fit.ckpt_path = run.name, None  # config.yaml begins the run
-            kwargs["logger"] = RunLog(runs.parent, name=runs.name, version=version)
+            kwargs["logger"] = RunLog(runs.parent, name=runs.name, version=run.name if run else None)
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
@@ -271,7 +269,9 @@ class StateZooCLI(LightningCLI):
         return super()._instantiate_trainer(config, extra)
 
     def before_fit(self) -> None:
-        """Say how large the model is."""
+        """Say how large the model is; let the ``config.yaml`` of a run that goes on begin it."""
+        if self.run_folder is not None:
+            self.config.fit.ckpt_path = None
         if self.trainer.is_global_zero:
             size = sum(p.numel() for p in self.model.parameters())
             sys.stdout.write(f"{type(self.model).__name__}: {size:,} parameters\n")
