@@ -251,7 +251,9 @@ class StateZooCLI(LightningCLI):
                     f"cannot write into {str(runs.parent)!r} ({error.strerror}): choose another "
                     "folder with --trainer.default_root_dir."
                 ) from error
-            kwargs["logger"] = RunLog(runs.parent, name=runs.name, version=run.name if run else None)
+            kwargs["logger"] = RunLog(
+                runs.parent, name=runs.name, version=run.name if run else None
+            )
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], extra: list[Any]) -> Trainer:
