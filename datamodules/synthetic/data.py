@@ -11,7 +11,14 @@ import torch
 from statezoo.datamodules.base import SplitData, digest
 from statezoo.datamodules.batch import IGNORE, Batch
 from statezoo.datamodules.loader import SeekableLoader
+from statezoo.datamodules.synthetic.algorithmic import (
+    BinarySuccessor,
+    InversePermutation,
+    Multiplication,
+    TreeTraversal,
+)
 from statezoo.datamodules.synthetic.base import SyntheticTask
+from statezoo.datamodules.synthetic.in_context import ICLL
 from statezoo.datamodules.synthetic.long_context import Needle, Passkey, SelectiveCopying
 from statezoo.datamodules.synthetic.recall import MQAR, InductionHeads, MQARSetB
 from statezoo.datamodules.synthetic.state_tracking import (
@@ -31,9 +38,14 @@ TASKS: dict[str, type[SyntheticTask]] = {
     "mqar": MQAR,
     "mqar_b": MQARSetB,
     "induction_heads": InductionHeads,
+    "icll": ICLL,
     "passkey": Passkey,
     "needle": Needle,
     "selective_copying": SelectiveCopying,
+    "binary_successor": BinarySuccessor,
+    "tree_traversal": TreeTraversal,
+    "inverse_permutation": InversePermutation,
+    "multiplication": Multiplication,
 }
 """The tasks, by name."""
 
@@ -102,8 +114,9 @@ class Synthetic(SplitData):
     Args:
         task: What is asked, by name, or a mapping of a ``name`` and settings, ``{name: parity,
             max_length: 20}``: ``parity``, ``modular_arithmetic``, ``modular_brackets``,
-            ``group_words``, ``mqar``, ``mqar_b``, ``induction_heads``, ``passkey``, ``needle``,
-            ``selective_copying``.
+            ``group_words``, ``mqar``, ``mqar_b``, ``induction_heads``, ``icll``, ``passkey``,
+            ``needle``, ``selective_copying``, ``binary_successor``, ``tree_traversal``,
+            ``inverse_permutation``, ``multiplication``.
         batch_size: Problems per batch and process.
         train_examples: Problems of an epoch, the same in each.
         val_examples: Problems to validate on.

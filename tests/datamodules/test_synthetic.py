@@ -31,7 +31,7 @@ def best_constant(task, length, count=1000) -> float:
 
 
 EVERY = sorted(TASKS)
-SMALL = {"icll": {"max_strings": 2}, "selective_copying": {"min_length": 64, "max_length": 64}}
+SMALL = {"icll": {"max_length": 12}, "selective_copying": {"min_length": 64, "max_length": 64}}
 
 
 def small(name: str):
