@@ -170,11 +170,13 @@ class Checkpoints(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Count the epoch that is under way.
+        """Count the epoch that is under way, and the steps made, in what is logged too.
 
-        Lightning leaves out one that it resumes at its beginning; checkpoints of that part of the
-        run, resumed at the end of an epoch, would then be an epoch behind.
+        Lightning leaves out an epoch that it resumes at its beginning; checkpoints of that part of
+        the run, resumed at the end of an epoch, would then be an epoch behind. And the steps of the
+        log are one behind where a run goes on with another interval between validations.
         """
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         progress: Any = trainer.fit_loop.epoch_progress
         for part in (progress.current, progress.total):
             part.ready = part.started = part.processed + 1
