@@ -14,8 +14,8 @@ from statezoo.datamodules.tokenizers import (
     BPE,
     Bytes,
     Characters,
-    text_blocks,
     load_tokenizer,
+    text_blocks,
     tokenizer_from_state,
     train_bpe,
 )
