@@ -7,7 +7,7 @@ books and contigs are read at all lengths too. All pieces of a length are a buck
 drawn from one bucket and has the same number of tokens, so attention costs what
 documents are long, not what windows could hold, and no piece sees another document.
 
-Source: Pouransari et al., Dataset Decomposition, arXiv:2405.13226v2, section 2.
+Source: Pouransari et al., Dataset Decomposition, arXiv:2405.13226v2.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ class PieceLoader(SeekableLoader):
     :math:`o_i \propto \mathrm{odds}^{-i}`. Which pieces fill the batches is drawn each epoch; those
     too few for one are not read in it. All processes read pieces of the same length at a time.
 
-    Source: Pouransari et al., arXiv:2405.13226v2, section 2.3 (Grow-P2 is odds 2, eight cycles).
+    Source: Pouransari et al., arXiv:2405.13226v2, its curricula that grow in cycles.
     """
 
     _plan: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None

@@ -129,17 +129,22 @@ def text_parts(path: Path, report: Report, size: int = 1 << 16) -> Iterator[byte
         report: What is left out is added here.
         size: Bytes of the file in a part, at least 2; parts end between characters.
     """
+    if _holds_text(path, _decoded(path, size), report):
+        yield from (part.encode("utf-8") for part in _decoded(path, size))
+
+
+def _holds_text(path: Path, parts: Iterable[str], report: Report) -> bool:
+    """Say whether there is more than white space in all parts of a file, else report why not."""
     try:
-        some = sum(bool(part.strip(_BLANK)) for part in _decoded(path, size)) > 0
+        some = sum(bool(part.strip(_BLANK)) for part in parts) > 0
     except UnicodeDecodeError as error:
         report.append(
             f"{path}: {error.reason}; convert the file, for example with iconv -f LATIN1 -t UTF-8"
         )
-        return
-    if some:
-        yield from (part.encode("utf-8") for part in _decoded(path, size))
-    else:
+        return False
+    if not some:
         report.append(f"{path}: empty; add text or remove it")
+    return some
 
 
 def _decoded(path: Path, size: int) -> Iterator[str]:
@@ -169,9 +174,15 @@ def _decoded(path: Path, size: int) -> Iterator[str]:
 
 def _read_txt(path: Path, text_field: str, report: Report) -> Iterator[bytes]:
     """The file as one document."""
-    text = b"".join(text_parts(path, report))
-    if text:
-        yield text
+    parts: list[bytes] = []
+
+    def kept() -> Iterator[str]:
+        for part in _decoded(path, 1 << 20):
+            parts.append(part.encode("utf-8"))
+            yield part
+
+    if _holds_text(path, kept(), report):
+        yield b"".join(parts)
 
 
 def _read_jsonl(path: Path, text_field: str, report: Report) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ __all__ = ["ActivationCheckpointing", "Compile", "recompute_blocks"]
 class ActivationCheckpointing(Callback):
     """Keep only the stream between the blocks for the backward pass, and compute the rest anew.
 
-    The numbers stay the same; a step takes about a third longer, and the memory for activations is
+    The numbers stay the same. A step runs the blocks forward twice; the memory for activations is
     that of one block and of the streams between blocks.
     """
 

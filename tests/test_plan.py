@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from torch.utils.data import DataLoader
 
 from statezoo.lightning_modules import ActivationCheckpointing, CausalLM
 from statezoo.lightning_modules.estimate import sizes, step_peak
@@ -26,19 +27,6 @@ FAMILIES = ["gla", "gated_deltanet", "mamba2", "mamba", "mom", "attention"]
 SHAPES = [(2, 64, 32, 5), (3, 96, 48, 4)]  # windows, tokens, width, layers
 
 
-class Batches:
-    """A loader; a plain list would be taken for several."""
-
-    def __init__(self, made):
-        self.made = made
-
-    def __iter__(self):
-        return iter(self.made)
-
-    def __len__(self):
-        return len(self.made)
-
-
 def measured(mixers, shape, recompute, accumulate, tmp_path):
     """Bytes of all tensors, weights included, at the worst moment of a real fit of three steps."""
     rows, T, width, layers = shape
@@ -54,7 +42,8 @@ def measured(mixers, shape, recompute, accumulate, tmp_path):
         callbacks=[ActivationCheckpointing()] if recompute else [],
     )  # fmt: skip
     with counter:
-        trainer.fit(module, Batches([{"tokens": tokens, "targets": tokens}] * 3 * accumulate))
+        made = [{"tokens": tokens, "targets": tokens}] * 3 * accumulate
+        trainer.fit(module, DataLoader(made, batch_size=None))
     return module.net.config, counter.peak
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from statezoo import shipped
-
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "streaming.py"
 GROWTH_MB = 16  # working space of the allocator; the 900,000 tokens more take 0.9 MB as text alone
 
@@ -22,7 +20,6 @@ def rows(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shipped.names(), reason="needs the shipped models")
 @pytest.mark.parametrize("model", ["gla-yeast", "mamba2-yeast"])
 def test_a_million_tokens_take_no_more_memory_than_a_tenth(model):
     short, long = rows("--model", model, "--lengths", "100000", "1000000")
@@ -32,7 +29,6 @@ def test_a_million_tokens_take_no_more_memory_than_a_tenth(model):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shipped.names(), reason="needs the shipped models")
 def test_attention_takes_more(tmp_path):
     """The measure sees growth where there is some: 20,000 tokens of 3 layers of 160 channels."""
     text = tmp_path / "a.txt"

@@ -180,7 +180,10 @@ def together(job: Callable[..., Any], size: int, folder: Path, *args: Any) -> li
     finally:
         for process in processes.processes:
             process.kill()
-    return [torch.load(folder / f"{r}.pt", weights_only=False) for r in range(size)]
+    from statezoo.kernels.sequence import Traffic
+
+    with torch.serialization.safe_globals([Traffic]):
+        return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(size)]
 
 
 def _process(rank: int, size: int, folder: Path, job: Callable[..., Any], args: Any) -> None:
