@@ -17,6 +17,7 @@ from statezoo.listing import aligned, listing, pretrained_listing
 from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
 from statezoo.plan.command import plan
+from statezoo.probe.commands import sampler
 from statezoo.publish import publish
 
 
@@ -178,11 +179,12 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "linearize": linearize,
     "plan": plan,
     "list": list_parts,
+    "probe sampler": sampler,
     "tokenizer extend": extend_tokenizer,
     "tokenizer train": train_tokenizer,
 }
 
-GROUPS = ("dna", "music", "tokenizer")
+GROUPS = ("dna", "music", "probe", "tokenizer")
 """First words of commands that have two; a domain's commands are in a package of its name."""
 
 

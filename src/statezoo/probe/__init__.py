@@ -1,0 +1,1 @@
+"""What a model can do: probes of architectures, and a test of its own sampler."""
