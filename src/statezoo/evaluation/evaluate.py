@@ -15,10 +15,13 @@ from importlib.resources import as_file, files
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from statezoo.listing import aligned
 from statezoo.parser import nearest
+
+if TYPE_CHECKING:
+    from statezoo.evaluation.knn import KNN
 
 __all__ = ["Found", "evaluate", "evaluate_model"]
 
@@ -58,6 +61,11 @@ def evaluate(
     device: str = "cpu",
     out: str | None = None,
     verbose: bool = False,
+    knn: str | None = None,
+    knn_weight: float | None = None,
+    knn_temperature: float | None = None,
+    knn_neighbours: int | None = None,
+    knn_tokens: int | None = None,
 ) -> None:
     """Measure a causal model on tasks of lm-evaluation-harness, ours and yours.
 
@@ -74,6 +82,14 @@ def evaluate(
         device: Where to run: cpu, cuda, mps.
         out: JSON to write with all results and settings.
         verbose: Show what the harness says meanwhile.
+        knn: Corpus, read as statezoo score reads it, to mix in what followed the nearest contexts
+            there, also where texts are written; a text that stands in it finds itself. Weight and
+            temperature, where they are not given, are found on its last tenth, and told.
+        knn_weight: Share of the neighbours, from 0 to 1.
+        knn_temperature: What squared distances are divided by; the lower, the more the nearest
+            count.
+        knn_neighbours: Contexts that a prediction asks; default 1024.
+        knn_tokens: Tokens of the corpus that are kept, its first ones; default 250000.
 
     Raises:
         ValueError: If a setting is out of range, the extra is not installed, there is no such task,
@@ -83,6 +99,8 @@ def evaluate(
     _check(names, include_path, limit, num_fewshot, out)
     if offline:
         _go_offline()
+    from statezoo.evaluation.knn import asked
+
     results = evaluate_model(
         model,
         names,
@@ -93,6 +111,7 @@ def evaluate(
         seed=seed,
         device=device,
         verbose=verbose,
+        knn=asked(knn, knn_weight, knn_temperature, knn_neighbours, knn_tokens),
     )
     rows = [("task", "n", "metric", "value", "stderr")]
     for one in _table(results):
@@ -153,8 +172,9 @@ def evaluate_model(
     seed: int = 0,
     device: str = "cpu",
     verbose: bool = False,
+    knn: KNN | None = None,
 ) -> dict[str, Any]:
-    """Run tasks; arguments as in :func:`evaluate`.
+    """Run tasks; arguments as in :func:`evaluate`, ``knn`` with all its settings.
 
     Returns:
         What ``--out`` writes: ``results`` as the harness gives them, the settings and versions that
@@ -171,7 +191,7 @@ def evaluate_model(
         from statezoo.evaluation.harness import language_model
         from statezoo.evaluation.scoring import open_scorer, trained_length
 
-        scorer = open_scorer(model, device, batch_size)
+        scorer = open_scorer(model, device, batch_size, knn)
         found = _run(
             manager.load([part for name in names for part in _open(manager, name)]),
             language_model(scorer, tell),
@@ -181,7 +201,7 @@ def evaluate_model(
             seed=seed,
         )
         length = trained_length(model)
-    notes = []
+    notes = scorer.notes
     if length is not None and scorer.longest > length:
         notes.append(
             f"the longest text has {scorer.longest} tokens; the model was trained on {length}."
@@ -197,6 +217,7 @@ def evaluate_model(
             "limit": limit, "num_fewshot": num_fewshot, "batch_size": batch_size, "seed": seed,
             "device": device,
         },
+        "knn": scorer.knn,
         "trained_length": length,
         "longest": scorer.longest,
         "notes": notes,

@@ -33,6 +33,11 @@ def score(
     out: str | None = None,
     batch_size: int = 8,
     device: str = "cpu",
+    knn: str | None = None,
+    knn_weight: float | None = None,
+    knn_temperature: float | None = None,
+    knn_neighbours: int | None = None,
+    knn_tokens: int | None = None,
 ) -> None:
     """Write how surprising each text of a file is to a model, in nats and in bits per byte.
 
@@ -51,6 +56,14 @@ def score(
         out: CSV to write; without, the rows are shown.
         batch_size: Texts at once; it changes results by rounding alone.
         device: Where to run: cpu, cuda, mps.
+        knn: Corpus, such as path may be, to mix in what followed the nearest contexts there; a text
+            that stands in it finds itself. Weight and temperature, where they are not given, are
+            found on its last tenth, and told.
+        knn_weight: Share of the neighbours, from 0 to 1.
+        knn_temperature: What squared distances are divided by; the lower, the more the nearest
+            count.
+        knn_neighbours: Contexts that a prediction asks; default 1024.
+        knn_tokens: Tokens of the corpus that are kept, its first ones; default 250000.
 
     Raises:
         ValueError: If there is nothing to score, or the model cannot score it.
@@ -62,10 +75,13 @@ def score(
         raise ValueError(f"cannot write {out}: there is no folder {str(Path(out).parent)!r}.")
     from statezoo.datamodules.records import Report
     from statezoo.evaluation.documents import cut, documents
+    from statezoo.evaluation.knn import asked
     from statezoo.evaluation.scoring import open_scorer
 
     report = Report()
-    scorer = open_scorer(model, device, batch_size)
+    neighbours = asked(knn, knn_weight, knn_temperature, knn_neighbours, knn_tokens)
+    scorer = open_scorer(model, device, batch_size, neighbours)
+    sys.stderr.writelines(f"{line}\n" for line in scorer.notes)
     if path is None:
         texts = iter([cut((text or "").encode("utf-8", "surrogateescape"))])
     else:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from statezoo.datamodules.music.base import MusicTokenizer
 from statezoo.datamodules.tokenizers import Encoded, Tokenizer
 from statezoo.evaluation.documents import checked
 from statezoo.generate import load
+
+if TYPE_CHECKING:
+    from statezoo.evaluation.knn import KNN
 
 __all__ = ["Reading", "Score", "Scorer", "Stream", "open_scorer", "trained_length"]
 
@@ -126,6 +129,8 @@ class Scorer:
     Attributes:
         unit: What :attr:`Score.units` counts: ``byte``, ``base`` or ``token``.
         longest: Tokens of the longest text so far.
+        knn: Settings and datastore of the neighbours that are mixed in, if any.
+        notes: Sentences on these, for the user.
 
     Raises:
         ValueError: If ``batch_size`` is below 1 or the network has fewer symbols than the
@@ -147,6 +152,8 @@ class Scorer:
             )
         self.net, self.tokenizer, self.batch_size = net.eval(), tokenizer, batch_size
         self.longest = 0
+        self.knn: dict[str, Any] | None = None
+        self.notes: list[str] = []
         self.unit = "byte"
         if isinstance(tokenizer, DNATokenizer):
             self.unit = "base"
@@ -244,17 +251,21 @@ def _of_targets(logits: Tensor, targets: Tensor) -> Tensor:
     return chosen - logits.logsumexp(-1)
 
 
-def open_scorer(source: str, device: str = "cpu", batch_size: int = 8) -> Scorer:
+def open_scorer(
+    source: str, device: str = "cpu", batch_size: int = 8, knn: KNN | None = None
+) -> Scorer:
     """Load a causal model with its tokenizer, for scoring.
 
     Args:
         source: Checkpoint, folder of a run, exported folder, or name of a model.
         device: Where to run: cpu, cuda, mps.
         batch_size: Texts at once.
+        knn: Neighbours that are mixed into what the model says.
 
     Raises:
-        ValueError: If there is no such model, it is not causal or has no tokenizer, or the device
-            is not there.
+        ValueError: If there is no such model, it is not causal or has no tokenizer, the device is
+            not there, or the neighbours' corpus cannot be used.
+        FileNotFoundError: If there is no such corpus.
     """
     net, tokenizer = load(source)
     if not net.can_generate():
@@ -263,9 +274,14 @@ def open_scorer(source: str, device: str = "cpu", batch_size: int = 8) -> Scorer
             "needs a causal model; statezoo test measures the others on their data."
         )
     try:
-        return Scorer(net.to(device), tokenizer, batch_size)
+        scorer = Scorer(net.to(device), tokenizer, batch_size)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"cannot run on device {device!r}: {error}") from error
+    if knn is not None:
+        from statezoo.evaluation.knn import attach
+
+        scorer.knn, scorer.notes = attach(scorer, knn)
+    return scorer
 
 
 def trained_length(source: str) -> int | None:
