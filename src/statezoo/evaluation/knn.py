@@ -30,7 +30,7 @@ from statezoo.evaluation.documents import documents, encode
 from statezoo.evaluation.scoring import TOKENS, Scorer, Stream
 from statezoo.zoo.padding import find_padding
 
-__all__ = ["KNN", "Datastore", "Interpolation", "Near", "Tuned", "asked", "attach", "mix", "tune"]
+__all__ = ["KNN", "Datastore", "Near", "Tuned", "asked", "attach", "interpolate", "mix", "tune"]
 
 QUERIES, KEYS = 128, 1 << 17
 """Distances that are held at once, 64 MiB in float32."""
@@ -189,12 +189,13 @@ def tune(
         weight: Share of the neighbours, or None to try :data:`WEIGHTS`.
         temperature: Temperature, or None to try powers of two of the mean distance.
     """
-    scale = float(near.distances.mean()) or 1.0
+    distances, model = near.distances.cpu().double(), log_probs.cpu().double()
+    scale = float(distances.mean()) or 1.0
     grid = [float(f"{scale * 2.0**step:.3g}") for step in STEPS]  # as short as they are told
-    hits, model = near.values == targets[:, None], log_probs.double()
+    hits = (near.values == targets[:, None]).cpu()
     best = (math.inf, 0.0, 0.0)
     for tau in grid if temperature is None else [temperature]:
-        shares = (near.distances.double() / -tau).softmax(1)
+        shares = (distances / -tau).softmax(1)
         found = (shares * hits).sum(1).log()
         for share in WEIGHTS if weight is None else [weight]:
             nats = -float(_both(model, found, share).mean())
@@ -223,8 +224,8 @@ class _Keys:
         return found
 
 
-class Interpolation:
-    """Makes a network's logits the log-probabilities of model and neighbours together.
+def interpolate(net: Any, store: Datastore, weight: float, temperature: float) -> None:
+    """Make a network's logits the log-probabilities of model and neighbours together.
 
     Whoever calls the network has these: scores, requests of the harness, generation. Weight 0
     leaves the network as it is.
@@ -235,24 +236,21 @@ class Interpolation:
         weight: Share of the neighbours.
         temperature: What squared distances are divided by.
     """
+    if not weight:
+        return
+    read = _Keys(net)
 
-    def __init__(self, net: Any, store: Datastore, weight: float, temperature: float) -> None:
-        self.store, self.weight, self.temperature = store, weight, temperature
-        if weight:
-            self.keys = _Keys(net)
-            net.register_forward_hook(self._mix, with_kwargs=True)
-
-    def _mix(self, net: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        """Replace the logits of a call; those that it was asked for are the last ones."""
+    def mixed(net: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         ids = args[0] if args else kwargs["input_ids"]
         padding = find_padding(kwargs.get("attention_mask"), *ids.shape)
-        keys = self.keys.take()
-        keys = keys if padding is None else padding.unpack(keys)
-        B, T, _ = out.logits.shape
-        near = self.store.nearest(keys[:, -T:].flatten(0, 1))
-        mixed = mix(out.logits.flatten(0, 1), near, self.weight, self.temperature)
-        out.logits = mixed.unflatten(0, (B, T))
+        keys = read.take() if padding is None else padding.unpack(read.take())
+        B, T, _ = out.logits.shape  # those asked for, which are the last ones
+        near = store.nearest(keys[:, -T:].flatten(0, 1))
+        logits = mix(out.logits.flatten(0, 1), near, weight, temperature)
+        out.logits = logits.unflatten(0, (B, T))
         return out
+
+    net.register_forward_hook(mixed, with_kwargs=True)
 
 
 class Corpus(NamedTuple):
@@ -313,7 +311,7 @@ def attach(scorer: Scorer, knn: KNN) -> tuple[dict[str, Any], list[str]]:
         tuned = _tune(corpus, knn)
         weight, temperature = tuned.weight, tuned.temperature
     store = Datastore(corpus.keys, corpus.values, knn.neighbours)
-    Interpolation(scorer.net, store, weight, temperature)
+    interpolate(scorer.net, store, weight, temperature)
     facts = {
         "corpus": knn.corpus, "tokens": n, "neighbours": store.k, "weight": weight,
         "temperature": temperature, "tuned": None if tuned is None else tuned._asdict(),
