@@ -66,6 +66,7 @@ def both_ways(
     x: Tensor,
     cu_seqlens: Tensor | None,
     reversal: Reversal,
+    ids: Tensor | None,
 ) -> Tensor:
     """Mix ``x [B T D]`` along time in both directions.
 
@@ -76,12 +77,17 @@ def both_ways(
         x: The stream after its norm.
         cu_seqlens: Bounds of packed sequences.
         reversal: The reversal of sequences such as ``x``.
+        ids: The tokens ``[B T]``, if they are known.
     """
+    turned = None if ids is None else reversal(ids)
     if back is None:
         twice = reversal.join(x, reversal(x))
-        both, _ = mixer(twice, begin(learnt[0], twice, reversal.doubled), reversal.doubled)
+        start, tokens = begin(learnt[0], twice, reversal.doubled), None
+        if ids is not None and turned is not None:
+            tokens = reversal.join(ids, turned)
+        both, _ = mixer.mix(twice, start, reversal.doubled, tokens)
         ahead, behind = reversal.split(both)
     else:
-        ahead, _ = mixer(x, begin(learnt[0], x, cu_seqlens), cu_seqlens)
-        behind, _ = back(reversal(x), begin(learnt[1], x, cu_seqlens), cu_seqlens)
+        ahead, _ = mixer.mix(x, begin(learnt[0], x, cu_seqlens), cu_seqlens, ids)
+        behind, _ = back.mix(reversal(x), begin(learnt[1], x, cu_seqlens), cu_seqlens, turned)
     return (ahead + reversal(behind)) / 2

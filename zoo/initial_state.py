@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from statezoo.kernels._varlen import n_sequences
-from statezoo.zoo.mixer import State, build_mixer, name_tensors
+from statezoo.zoo.mixer import MIXERS, State, build_mixer, name_tensors
 
 SCALE = 100.0
 """The factor ``c``."""
@@ -97,7 +97,7 @@ def learnt_state(mixer: dict[str, Any], d_model: int, rank: int | None) -> Initi
         d_model: Width of the stream.
         rank: As in :class:`InitialState`; ``None`` for nothing learnt.
     """
-    if rank is None:
+    if rank is None or not MIXERS[mixer["name"]].learnable:
         return None
     state, learnable = _example(json.dumps(mixer, sort_keys=True), d_model)
     if not name_tensors(tuple(getattr(state, name, None) for name in learnable)):

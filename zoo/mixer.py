@@ -34,6 +34,7 @@ class Mixer(nn.Module):
         read_width: Leading outputs of a writing projection that are for ``read_out`` alone.
         observable: Whether it mixes by a recurrence or attention of ``kernels/``, so that
             ``zoo/observe.py`` sees what it does.
+        reads_ids: Whether ``forward`` takes the tokens themselves too, as its fourth argument.
         learnable: Parts of the state that may be learnt for the time before the first token.
         auxiliary: What the last forward pass in training mode had to say beside its output, in
             scalars or vectors to be logged; ``"loss"`` is added to the training loss.
@@ -44,6 +45,7 @@ class Mixer(nn.Module):
     writes: ClassVar[tuple[str, ...]] = ()
     read_width: int = 0
     observable: ClassVar[bool] = True
+    reads_ids: ClassVar[bool] = False
     learnable: tuple[str, ...] = ("S", "conv")
     layer: int = 0
     auxiliary: dict[str, Tensor] | None = None
@@ -84,6 +86,14 @@ class Mixer(nn.Module):
         """
         o, state = self.recur(x, state, cu_seqlens)
         return self.read_out(o, x), state
+
+    def mix(
+        self, x: Tensor, state: State, cu_seqlens: Tensor | None, ids: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Call this mixer, with the tokens ``ids [B T]`` if it reads them; ``None`` if unknown."""
+        more = (ids,) if self.reads_ids else ()
+        made: tuple[Tensor, State] = self(x, state, cu_seqlens, *more)
+        return made
 
     def recur(
         self, x: Tensor, state: State = None, cu_seqlens: Tensor | None = None

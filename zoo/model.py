@@ -71,19 +71,21 @@ class Block(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         reversal: Reversal | None = None,
         shard: Shard | None = None,
+        ids: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Transform the stream ``x [B T D]``; under autocast it stays in the weights' dtype.
 
-        ``shard`` is the one that is open, for when this is run again in the backward pass.
+        ``shard`` is the one that is open, for when this is run again in the backward pass; ``ids``
+        are the tokens ``[B T]``, for mixers that read them.
         """
         y = self.mixer_norm(x)
         learnt = self.initial_state, self.initial_state_back
         if reversal is None:
             state = begin(learnt[0], y, cu_seqlens) if state is None else state
             with shard or nullcontext():
-                y, state = self.mixer(y, state, cu_seqlens)
+                y, state = self.mixer.mix(y, state, cu_seqlens, ids)
         else:
-            y = both_ways(self.mixer, self.mixer_back, learnt, y, cu_seqlens, reversal)
+            y = both_ways(self.mixer, self.mixer_back, learnt, y, cu_seqlens, reversal, ids)
         x = x + y
         if self.channel is not None:
             x = x + self.channel(self.channel_norm(x))
@@ -243,12 +245,13 @@ class StateZooModel(StateZooPreTrainedModel):
                 )
             strands = Strands(x, cu_seqlens, self.config.complement)
             x, cu_seqlens = strands.ids, strands.cu_seqlens
-        if inputs_embeds is None:
-            x = self.embeddings(x)
+        ids = x if inputs_embeds is None else None
+        if ids is not None:
+            x = self.embeddings(ids)
         cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
-        streams = self._run(x, cu_seqlens, cache, T)
+        streams = self._run(x, ids, cu_seqlens, cache, T)
         if not output_hidden_states:
             streams = streams[-1:]
         if strands is not None:
@@ -273,7 +276,7 @@ class StateZooModel(StateZooPreTrainedModel):
         return [*(block.mixer for block in blocks), *back]
 
     def _run(
-        self, x: Tensor, cu_seqlens: Tensor | None, cache: Cache | None, T: int
+        self, x: Tensor, ids: Tensor | None, cu_seqlens: Tensor | None, cache: Cache | None, T: int
     ) -> list[Tensor]:
         """Return the stream before every block and after the final norm; update the cache."""
         n = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -288,10 +291,10 @@ class StateZooModel(StateZooPreTrainedModel):
         for block, layer in zip(self.layers, memory, strict=True):
             streams.append(x)
             if layer is None:
-                x, _ = block(x, None, cu_seqlens, reversal, shard)
+                x, _ = block(x, None, cu_seqlens, reversal, shard, ids)
                 continue
             state = cast(Block, block).first_state(n, x) if layer.state is None else layer.state
-            x, state = block(x, state, cu_seqlens)
+            x, state = block(x, state, cu_seqlens, ids=ids)
             layer.put(state, T)
         return [*streams, self.norm(x)]
 

@@ -196,7 +196,9 @@ class _Notes:
         self.route: Route | None = None
         self.chosen: tuple[Tensor, ...] | None = None
 
-    def begin(self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None) -> None:
+    def begin(
+        self, x: Tensor, state: Any = None, cu_seqlens: Tensor | None = None, *_: Any
+    ) -> None:
         if self.rows or state is not None or cu_seqlens is not None:
             raise ValueError(
                 "observe reads one whole sequence: one forward pass, without cache, packing and "

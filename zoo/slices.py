@@ -6,8 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from statezoo.kernels._exchange import all_gather
+from statezoo.kernels._exchange import all_gather, on_slice
 from statezoo.kernels._varlen import n_sequences
+from statezoo.kernels.attention.sequence import gather
 from statezoo.kernels.sequence import Shard, current, note
 
 INSTEAD = {
@@ -95,6 +96,37 @@ def tokens_before(x: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
     first = (shard.start - shard.before) // shard.T  # slice where the sequence begins
     before[:n] = counts[first : shard.rank].sum(0)
     return before
+
+
+def with_earlier(
+    ids: Tensor, x: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Put what earlier slices hold of the first sequence before tokens and stream, as attention.
+
+    Args:
+        ids: Tokens ``[B T]`` of the slice.
+        x: Stream ``[B T D]``.
+        cu_seqlens: Bounds of the slice's documents.
+
+    Returns:
+        Tokens ``[B L]``, stream ``[B L D]`` and bounds with the earlier ones; outside of a shard
+        what was given.
+    """
+    shard = current()
+    if shard is None:
+        return ids, x, cu_seqlens
+    return on_slice(_gather, shard, x, ids, cu_seqlens)
+
+
+def _gather(
+    shard: Shard, x: Tensor, ids: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    x, _, _ = gather(shard, x, x, x[..., :0], cu_seqlens)
+    ids = all_gather(shard, "tokens", "forward", ids).movedim(0, 1).flatten(1)
+    ids = ids[:, shard.start - shard.before : shard.start + shard.T]
+    if cu_seqlens is not None:
+        cu_seqlens = torch.cat([cu_seqlens[:1], cu_seqlens[1:] + shard.before])
+    return ids, x, cu_seqlens
 
 
 def mean_of_slices(x: Tensor, op: str) -> Tensor:

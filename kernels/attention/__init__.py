@@ -12,7 +12,7 @@ from statezoo.kernels._varlen import check_bounds, check_packing, n_sequences, s
 from statezoo.kernels.attention import sequence
 from statezoo.kernels.sequence import Shard, current
 
-__all__ = ["KV", "attention", "empty"]
+__all__ = ["KV", "attention", "empty", "keep"]
 
 
 class KV(NamedTuple):
@@ -100,7 +100,7 @@ def attention(
     if past is None:
         return _from_start(q, k, v, scale, window, sinks)
     o = _continue(q, k, v, past, scale, window, sinks)
-    return o, _keep(past, k, v, past.length + T, window, sinks)
+    return o, keep(past, k, v, past.length + T, window, sinks)
 
 
 def _on_slice(
@@ -131,7 +131,7 @@ def _from_start(
     """Attend to all keys ``[B L *]``, the last of which are the queries' own."""
     start = torch.zeros(len(q), dtype=torch.long, device=q.device)
     present = KV(k[:, :0], v[:, :0], start)
-    return _fresh(q, k, v, scale, window, sinks), _keep(
+    return _fresh(q, k, v, scale, window, sinks), keep(
         present, k, v, start + k.shape[1], window, sinks
     )
 
@@ -152,7 +152,7 @@ def _packed(
         o, present = _fresh(q, k, v, scale, window, sinks), None
     else:
         o = _continue(q, k, v, past, scale, window, sinks)
-        present = _keep(past, k, v, past.length + lengths, window, sinks, ragged=True)
+        present = keep(past, k, v, past.length + lengths, window, sinks, ragged=True)
     return o[own, torch.arange(T, device=q.device) - cu[own]][None], present
 
 
@@ -212,16 +212,26 @@ def _continue(
     return _softmax(q, k, v, scale, mask[:, None])
 
 
-def _keep(
+def keep(
     past: KV,
     k: Tensor,
     v: Tensor,
     total: Tensor,
     window: int | None,
-    sinks: int,
+    sinks: int = 0,
     ragged: bool = False,
 ) -> KV:
-    """Return what the next call needs of the past and the new tokens, right-padded if ragged."""
+    """Return what the next call needs of a past and the tokens after it.
+
+    Args:
+        past: What was kept so far, with the same window and sinks.
+        k: New keys ``[N T Hkv K]``; right-padded if ``ragged``.
+        v: New values.
+        total: Tokens of each sequence, ``past.length`` and the new ones.
+        window: How many last tokens are visible.
+        sinks: How many first ones stay so.
+        ragged: Whether sequences have different numbers of new tokens.
+    """
     P, T = past.k.shape[1], k.shape[1]
     k, v = torch.cat([past.k.to(k.dtype), k], 1), torch.cat([past.v.to(v.dtype), v], 1)
     if window is None and not ragged:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 FP64 = 1e-9  # the same sums in another order, through two layers
 GROWING = [
     "attention", "attention-nope", "hybrid", "configs/bach", "configs/gdn_hybrid", "configs/jamba",
+    "ngram_heads", "ngram_heads-one", "hybrid-ngrams", "configs/ngram_heads",
 ]  # fmt: skip
 SOME = ["gla", "gated_deltanet", "mamba2", "mom", "hybrid-window"]
 BOTH = [

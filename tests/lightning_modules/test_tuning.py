@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from tests.lightning_modules.motifs import COMPLEMENT
-from tests.zoo.cases import CASES, KINDS
+from tests.zoo.cases import CASES, KINDS, has_memory
 from torch import nn
 
 from statezoo.lightning_modules import (
@@ -34,7 +34,7 @@ WORDS = 11
 IDS = torch.randint(WORDS, (2, 9), generator=torch.Generator().manual_seed(0))
 CONFIGS = Path(__file__).parents[2] / "configs"
 TINY = sorted(file.name for file in CONFIGS.glob("*_tiny.yaml"))
-RECURRENT = [case for case in KINDS if any(e["name"] != "attention" for e in CASES[case])]
+RECURRENT = [case for case in KINDS if any(map(has_memory, CASES[case]))]
 
 
 def network(case, kind=StateZooForCausalLM, **settings):
@@ -117,7 +117,7 @@ def test_the_adapter_of_every_family_is_below_five_percent(name):
 @pytest.mark.parametrize("case", RECURRENT)
 def test_state_trains_initial_states_and_nothing_else(case):
     net = network(case)
-    recurrent = [i for i, e in enumerate(net.config.layer_mixers) if e["name"] != "attention"]
+    recurrent = [i for i, e in enumerate(net.config.layer_mixers) if has_memory(e)]
     names = {name for name, _ in net.named_parameters()}
     net, _ = tuned(net, "state", Adapter())
     assert trained(net) == {n for n, _ in net.named_parameters()} - names

@@ -1,5 +1,6 @@
 """Tiny models of every mixer, of some hybrids, and of every shipped configuration."""
 
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -57,9 +58,12 @@ MORE = {  # settings beside the defaults
     "mom-mamba2": [{"name": "mom", "inner": "mamba2", "shared_memory": False}],
     "mom-deltaproduct": [{"name": "mom", "inner": "deltaproduct", "n_memories": 3, "top_k": 3}],
     "mom-retnet": [{"name": "mom", "inner": "retnet", "single_kv": True, "n_memories": 3}],
+    "ngram_heads-one": [{"name": "ngram_heads", "orders": [1]}],
+    "ngram_heads-window": [{"name": "ngram_heads", "orders": [2, 1], "window": 6}],
     "hybrid": ["gla", {"name": "attention", "n_heads": 2}],
     "hybrid-window": [{"name": "attention", "window": 3}, {"name": "gla", "d_conv": 2}],
     "hybrid-mom": ["mom", {"name": "attention", "window": 2, "sinks": 1}],
+    "hybrid-ngrams": ["gated_deltanet", {"name": "ngram_heads", "orders": [1, 3]}],
 }
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -83,6 +87,16 @@ def inner_of(entry):
 def window_of(entry):
     """A window short enough to matter, where an entry has one."""
     return {"window": 3} if entry.get("window") else {}
+
+
+def keeps_its_past(entry):
+    """Whether the state of a mixer grows with every token."""
+    return entry["name"] in ("attention", "ngram_heads") and entry["window"] is None
+
+
+def has_memory(entry):
+    """Whether a mixer's state is more than a copy of its past."""
+    return entry["name"] not in ("attention", "ngram_heads")
 
 
 def shipped():
@@ -159,3 +173,16 @@ def make(case, dtype=torch.float64, n_layers=2, seed=0, kind=StateZooForCausalLM
 def tokens(B, T, seed=0):
     """Random tokens."""
     return torch.randint(WORDS, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def reading(net, x):
+    """Let a net of which the input is ``x [B T D]`` be called on tokens; yields such tokens.
+
+    They come in turns, so that a token is there again after the next: n-gram heads look at more.
+    """
+    hook = net.get_input_embeddings().register_forward_hook(lambda *_: x)
+    try:
+        yield torch.arange(x.shape[1]).expand(x.shape[:2]) % 2
+    finally:
+        hook.remove()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tests.zoo.cases import CASES, KINDS, WORDS, make, tokens
+from tests.zoo.cases import CASES, KINDS, WORDS, has_memory, make, tokens
 
 import statezoo
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM, StateZooForMaskedLM
@@ -13,7 +13,7 @@ from statezoo.zoo.mixer import MIXERS, name_tensors
 from statezoo.zoo.tasks import with_head
 
 RANKS = [1, 0]  # outer products, and whole memories
-RECURRENT = [case for case in KINDS if any(e["name"] != "attention" for e in CASES[case])]
+RECURRENT = [case for case in KINDS if any(map(has_memory, CASES[case]))]
 CAUSAL = pytest.mark.parametrize("case", RECURRENT)
 
 
@@ -73,8 +73,9 @@ def test_both_directions_begin_with_theirs(case, tie):
         y = block.mixer_norm(x)
         back = block.mixer if tie else block.mixer_back
         learnt = block.initial_state if tie else block.initial_state_back
-        ahead, _ = block.mixer(y, block.initial_state and block.initial_state(2))
-        behind, _ = back(y.flip(1), learnt and learnt(2))
+        start = block.initial_state and block.initial_state(2)
+        ahead, _ = block.mixer.mix(y, start, None, ids)
+        behind, _ = back.mix(y.flip(1), learnt and learnt(2), None, ids.flip(1))
         x = x + (ahead + behind.flip(1)) / 2
         x = x + block.channel(block.channel_norm(x))
     want = net.lm_head(net.model.norm(x))
@@ -175,12 +176,13 @@ def test_is_of_the_states_of_every_mixer(name):
     case = name if name in CASES else next(c for c in CASES if CASES[c][0]["name"] == name)
     mixer = make(case, dtype=torch.float32).model.layers[0].mixer
     like = torch.zeros(3, 1, 16)
-    state = mixer(like, mixer.initial_state(3, like))[1]
+    ids = torch.zeros(3, 1, dtype=torch.long)
+    state = mixer.mix(like, mixer.initial_state(3, like), None, ids)[1]
     torch.manual_seed(5)
     state_of_random = torch.get_rng_state()
     learnt = learnt_state(CASES[case][0], 16, 0)
     assert torch.equal(torch.get_rng_state(), state_of_random)  # shapes cost no random numbers
-    if name == "attention":
+    if not has_memory(CASES[case][0]):
         assert learnt is None
         return
     begun = learnt(3, mixer.initial_state(3, like))

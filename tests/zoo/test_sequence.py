@@ -29,7 +29,11 @@ LAYOUTS = {  # sequences, or bounds of documents: with 2 slices of 12, 4 of 6
     "packed": [0, 3, 17, 19, 24],  # one document on two slices, or three
     "at a bound": [0, 5, 12, 12, 13, 24],  # one ends where a slice does, one is empty
 }
-SHORT = ["attention-window", "gla-conv", "liger-deltanet", "mom-gla", "mom-mamba2", "mom-retnet"]
+SHORT = [
+    "attention-window", "gla-conv", "liger-deltanet", "mom-gla", "mom-mamba2", "mom-retnet",
+    "ngram_heads-window",
+]  # fmt: skip
+RECOMPUTED = ["gla-conv", "hybrid-mom", "mamba3", "ngram_heads"]
 EVERY = [name for name, m in MIXERS.items() if m.__module__.startswith("statezoo.zoo.")]
 CI = {"batch": EVERY, "packed": [*EVERY, *SHORT]}
 LEARNT = ["gla-conv", "mamba3", "liger", "mom"]
@@ -92,7 +96,7 @@ def cells(names):
             yield f"{name}, {layout}", make(name), layout
     for name in LEARNT:
         yield f"{name}, learnt", make(name, initial_states=1), "packed"
-    for name in ("gla-conv", "hybrid-mom", "mamba3"):
+    for name in RECOMPUTED:
         net = make(name)
         old = net.gradient_checkpointing_enable  # its name up to transformers 5.22
         getattr(net, "activation_checkpointing_enable", old)()
@@ -141,7 +145,7 @@ def assert_equal_to_one_process(found):
 
 def test_every_mixer_on_two_processes(tmp_path):
     found = together(2, tmp_path, CI, 600)
-    assert len(found) == sum(map(len, CI.values())) + len(LEARNT) + 3
+    assert len(found) == sum(map(len, CI.values())) + len(LEARNT) + len(RECOMPUTED)
     assert_equal_to_one_process(found)
     assert {"logits", "loss", "router_balance/0"} < found["mom, batch"].keys()
 
