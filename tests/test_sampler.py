@@ -274,7 +274,7 @@ QUICK = ("gla-yeast", "transformer-yeast")
 def test_shipped_models_draw_from_their_own_laws(name, capsys):
     main(["probe", "sampler", "--model", name, "--tokens", "1000", "--seed", "1"])
     shown = capsys.readouterr().out
-    assert shown.startswith("1024 tokens: mean of -log p - entropy")  # 32 rows of 32
+    assert shown.startswith("1024 tokens: mean of -log p - entropy")  # 128 rows of 8
     assert shown.endswith(": the sampler draws from the model's law\n")
 
 
@@ -286,7 +286,7 @@ def test_the_command_ends_with_1_for_a_broken_sampler(monkeypatch, capsys):
         lambda net, ids, **given: plain(net, ids, **(given | {"top_k": 1})),
     )
     with pytest.raises(SystemExit) as ended:
-        main(["probe", "sampler", "--model", "gla-yeast", "--tokens", "512"])
+        main(["probe", "sampler", "--model", "gla-yeast", "--tokens", "1024"])
     assert ended.value.code == 1
     assert "the sampler does not draw from the model's law; likely" in capsys.readouterr().out
 
@@ -295,7 +295,7 @@ def test_the_command_ends_with_1_for_a_broken_sampler(monkeypatch, capsys):
     ("given", "said"),
     [
         (["--tokens", "0"], "tokens and batch_size of at least 1 and a seed of at least 0, got 0"),
-        (["--seed", "-1"], "a seed of at least 0, got 4096, 32 and -1."),
+        (["--seed", "-1"], "a seed of at least 0, got 16384, 128 and -1."),
         (["--device", "nowhere"], "cannot run on device 'nowhere'"),
     ],
 )

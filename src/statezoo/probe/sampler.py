@@ -90,6 +90,9 @@ def sampler_test(
     padded on the left, with the cache, in the mode that ``net`` is in; an end token does not end a
     row. Probabilities are of one parallel pass in evaluation mode, without padding or cache.
 
+    A fault is seen where it shifts the mean beyond the bounds, so best with a net whose law is far
+    from uniform and leans on its state; where the state hardly matters, its loss hardly shows.
+
     Args:
         net: Causal network.
         prompts: Tokens to go on from, at least one each; of unequal lengths they test padding.
