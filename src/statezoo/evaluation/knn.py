@@ -341,7 +341,8 @@ def _tune(corpus: Corpus, knn: KNN) -> Tuned:
 
 def _read(scorer: Scorer, knn: KNN, report: Report) -> tuple[list[NDArray[Any]], bool]:
     """Return the ids of each document, ``knn.tokens`` in all, and whether there are more."""
-    rows, left = [], knn.tokens
+    rows: list[NDArray[Any]] = []
+    left = knn.tokens
     for parts in documents(knn.corpus, scorer.tokenizer, report):
         pieces = []
         for ids, _ in encode(scorer.tokenizer, parts):
