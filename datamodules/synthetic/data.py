@@ -56,7 +56,8 @@ LIMIT = 2**32
 class Problems:
     """Problems of a task, by number, as batches; what ``SeekableLoader`` reads.
 
-    Shorter problems are padded on the right. Each problem is made when it is asked for.
+    Shorter problems are padded on the right, where nothing is scored, so that a causal model needs no
+    mask. Each problem is made when it is asked for.
 
     Args:
         task: The task.
@@ -99,9 +100,6 @@ class Problems:
             batch["tokens"][row, : len(tokens)] = torch.from_numpy(tokens)
             batch["targets"][row, : len(tokens)] = torch.from_numpy(targets)
         batch["n_bytes"] = (batch["targets"] != IGNORE).sum()
-        if widths.min() < widths.max():
-            inside = np.arange(widths.max()) < widths[:, None]
-            batch["attention_mask"] = torch.from_numpy(inside.astype(np.int64))
         return batch
 
 

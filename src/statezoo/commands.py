@@ -18,6 +18,7 @@ from statezoo.main import RUN
 from statezoo.parser import command_parser, fail, nearest, underscored
 from statezoo.plan.command import plan
 from statezoo.probe.commands import sampler
+from statezoo.probe.run import run as probe_run
 from statezoo.publish import publish
 
 
@@ -179,6 +180,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "linearize": linearize,
     "plan": plan,
     "list": list_parts,
+    "probe run": probe_run,
     "probe sampler": sampler,
     "tokenizer extend": extend_tokenizer,
     "tokenizer train": train_tokenizer,
