@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from statezoo.kernels._varlen import check_bounds, check_packing, segment_ids
+from statezoo.kernels._varlen import check_packing
 from statezoo.kernels.ngram_mean import _op
 
 __all__ = ["ngram_mean"]
@@ -61,9 +61,5 @@ def ngram_mean(
             f"ngram_mean needs orders >= 1 and window >= 1 or None, got {[*orders]}, {window}."
         )
     check_packing("ngram_mean", h, cu_seqlens)
-    codes = ids.long()
-    if cu_seqlens is not None:  # tokens of other sequences are other tokens
-        check_bounds(cu_seqlens, h.shape[1])
-        codes = codes + (segment_ids(cu_seqlens, h.shape[1]) << 32)
-    out: Tensor = _op.means(h, codes, T, [*orders], window or 0)
+    out: Tensor = _op.means(h, ids, cu_seqlens, T, [*orders], window or 0)
     return out

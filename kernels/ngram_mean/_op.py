@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from statezoo.kernels._dispatch import accumulator
+from statezoo.kernels._varlen import check_bounds, segment_ids
 
 CHUNK = 128  # queries at once
 
@@ -20,6 +21,14 @@ class _Match(NamedTuple):
     keys: slice  # of the L in line
     mask: Tensor  # [B C keys], in the dtype that sums are in
     count: Tensor  # [B C 1], at least 1
+
+
+def _codes(ids: Tensor, cu: Tensor | None) -> Tensor:
+    """Number tokens ``[B L]`` such that those of other sequences are other tokens."""
+    if cu is None:
+        return ids.long()
+    check_bounds(cu, ids.shape[1])
+    return ids.long() + (segment_ids(cu, ids.shape[1]) << 32)
 
 
 def _matches(
@@ -49,9 +58,11 @@ def _matches(
 
 
 @torch.library.custom_op("statezoo::ngram_mean", mutates_args=())
-def means(h: Tensor, codes: Tensor, T: int, orders: list[int], window: int) -> Tensor:
+def means(
+    h: Tensor, ids: Tensor, cu: Tensor | None, T: int, orders: list[int], window: int
+) -> Tensor:
     """Return the means ``[B T n*D]``; window 0 for none."""
-    acc = accumulator(h)
+    acc, codes = accumulator(h), _codes(ids, cu)
     out = h.new_zeros(h.shape[0], T, len(orders), h.shape[2])
     h = h.to(acc)
     with torch.autocast(h.device.type, enabled=False):
@@ -61,16 +72,18 @@ def means(h: Tensor, codes: Tensor, T: int, orders: list[int], window: int) -> T
 
 
 @means.register_fake
-def _(h: Tensor, codes: Tensor, T: int, orders: list[int], window: int) -> Tensor:
+def _(h: Tensor, ids: Tensor, cu: Tensor | None, T: int, orders: list[int], window: int) -> Tensor:
     return h.new_empty(h.shape[0], T, len(orders) * h.shape[2])
 
 
 @torch.library.custom_op("statezoo::ngram_mean_backward", mutates_args=())
-def means_backward(d: Tensor, codes: Tensor, orders: list[int], window: int) -> Tensor:
+def means_backward(
+    d: Tensor, ids: Tensor, cu: Tensor | None, orders: list[int], window: int
+) -> Tensor:
     """Return the gradient ``[B L D]`` of the vectors, of that of the means ``d [B T n*D]``."""
-    acc, T = accumulator(d), d.shape[1]
+    acc, T, codes = accumulator(d), d.shape[1], _codes(ids, cu)
     d = d.to(acc).unflatten(2, (len(orders), -1))
-    dh = d.new_zeros(*codes.shape, d.shape[-1])
+    dh = d.new_zeros(*ids.shape, d.shape[-1])
     with torch.autocast(d.device.type, enabled=False):
         for m in _matches(codes, T, orders, window, acc):
             dh[:, m.keys] += m.mask.mT @ (d[:, m.queries, m.i] / m.count)
@@ -78,20 +91,20 @@ def means_backward(d: Tensor, codes: Tensor, orders: list[int], window: int) -> 
 
 
 @means_backward.register_fake
-def _(d: Tensor, codes: Tensor, orders: list[int], window: int) -> Tensor:
-    return d.new_empty(*codes.shape, d.shape[2] // len(orders), dtype=accumulator(d))
+def _(d: Tensor, ids: Tensor, cu: Tensor | None, orders: list[int], window: int) -> Tensor:
+    return d.new_empty(*ids.shape, d.shape[2] // len(orders), dtype=accumulator(d))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    h, codes, _, ctx.orders, ctx.window = inputs
+    h, ids, cu, _, ctx.orders, ctx.window = inputs
     ctx.dtype = h.dtype
-    ctx.save_for_backward(codes)
+    ctx.save_for_backward(ids, cu)
 
 
 def _backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-    (codes,) = ctx.saved_tensors
-    dh = means_backward(d, codes, ctx.orders, ctx.window).to(ctx.dtype)
-    return dh, None, None, None, None
+    ids, cu = ctx.saved_tensors
+    dh = means_backward(d, ids, cu, ctx.orders, ctx.window).to(ctx.dtype)
+    return dh, None, None, None, None, None
 
 
 means.register_autograd(_backward, setup_context=_setup)

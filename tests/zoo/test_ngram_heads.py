@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.zoo.cases import make, tokens
 
+from statezoo.datamodules.synthetic import make_task
 from statezoo.kernels.ngram_mean import _op, ngram_mean
 from statezoo.lightning_modules.flops import count_flops
 from statezoo.zoo import StateZooConfig, StateZooForCausalLM, build_mixer
@@ -239,8 +241,8 @@ def test_the_op_says_what_it_needs():
 def test_the_op_keeps_the_rules_of_torch_library():
     h, ids = stream(2, 7)
     rules = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    torch.library.opcheck(_op.means, (h, ids, 5, [1, 2], 0), test_utils=rules)
-    backward = (torch.randn(2, 5, 6), ids, [1, 2], 4)
+    torch.library.opcheck(_op.means, (h, ids, None, 5, [1, 2], 0), test_utils=rules)
+    backward = (torch.randn(2, 5, 6), ids, None, [1, 2], 4)
     torch.library.opcheck(_op.means_backward, backward, test_utils=rules)
 
 
@@ -254,3 +256,33 @@ def test_flops_are_those_of_the_maps():
 
 def test_nothing_of_the_past_is_learnt():
     assert learnt_state({"name": "ngram_heads"}, 16, 1) is None
+
+
+def loss_in_new_languages(mixers, steps=50, rows=16):
+    """Train a tiny net on strings of random automata; return its loss on those of others."""
+    task = make_task({"name": "icll", "min_length": 6, "max_length": 6, "max_string": 16})
+
+    def loss(split, first, count):
+        drawn = [task.example(0, split, i) for i in range(first, first + count)]
+        padded = [
+            torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in each], True, fill)
+            for each, fill in (([e.tokens for e in drawn], 19), ([e.targets for e in drawn], -100))
+        ]
+        return F.cross_entropy(net(padded[0]).logits.flatten(0, 1), padded[1].flatten())
+
+    torch.manual_seed(0)
+    net = StateZooForCausalLM(StateZooConfig(vocab_size=20, d_model=32, n_layers=3, mixers=mixers))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss("train", step * rows, rows).backward()
+        optimizer.step()
+    with torch.no_grad():
+        return loss("val", 0, 64).item()
+
+
+def test_learns_a_language_in_context_sooner():
+    """In nats a letter, 2.89 for any of 18: after 50 steps 2.29 with n-gram heads, 2.77 without."""
+    delta = {"name": "gated_deltanet", "n_heads": 2}
+    heads = loss_in_new_languages([delta, "ngram_heads", delta])
+    assert heads < loss_in_new_languages([delta, delta, delta]) - 0.2
