@@ -20,7 +20,7 @@ class _Match(NamedTuple):
     queries: slice  # of the T that ask
     keys: slice  # of the L in line
     mask: Tensor  # [B C keys], in the dtype that sums are in
-    count: Tensor  # [B C 1], at least 1
+    size: Tensor  # of the sets, [B C 1], at least 1
 
 
 def _codes(ids: Tensor, cu: Tensor | None) -> Tensor:
@@ -51,9 +51,9 @@ def _matches(
                 match = match & (distance < window - n)
             for i, order in enumerate(orders):
                 if order == n:
-                    count = match.sum(-1, keepdim=True).clamp(min=1)
+                    size = match.sum(-1, keepdim=True).clamp(min=1)
                     yield _Match(
-                        i, slice(a + T - L, b + T - L), slice(low, high), match.to(dtype), count
+                        i, slice(a + T - L, b + T - L), slice(low, high), match.to(dtype), size
                     )
 
 
@@ -67,7 +67,7 @@ def means(
     h = h.to(acc)
     with torch.autocast(h.device.type, enabled=False):
         for m in _matches(codes, T, orders, window, acc):
-            out[:, m.queries, m.i] = ((m.mask @ h[:, m.keys]) / m.count).to(out.dtype)
+            out[:, m.queries, m.i] = ((m.mask @ h[:, m.keys]) / m.size).to(out.dtype)
     return out.flatten(2)
 
 
@@ -86,7 +86,7 @@ def means_backward(
     dh = d.new_zeros(*ids.shape, d.shape[-1])
     with torch.autocast(d.device.type, enabled=False):
         for m in _matches(codes, T, orders, window, acc):
-            dh[:, m.keys] += m.mask.mT @ (d[:, m.queries, m.i] / m.count)
+            dh[:, m.keys] += m.mask.mT @ (d[:, m.queries, m.i] / m.size)
     return dh
 
 
