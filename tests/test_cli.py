@@ -99,7 +99,7 @@ def test_list_shows_architectures_with_their_presets(capsys):
     assert not {"mamba", "Text", "demo"} & set(text.split())
 
 
-@pytest.mark.parametrize("group", ["dna", "music", "tokenizer"])
+@pytest.mark.parametrize("group", ["dna", "music", "probe", "tokenizer"])
 def test_a_group_lists_its_commands(group, capsys):
     main([group])
     shown = capsys.readouterr().out

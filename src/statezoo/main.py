@@ -30,6 +30,7 @@ usage: statezoo COMMAND [settings]
   tokenizer   train a tokenizer:  statezoo tokenizer train FILES --out FOLDER
   dna         variants, embeddings, tracks, sequences, benchmarks: statezoo dna --help
   music       continue, infill, harmonise, evaluate, draw, render: statezoo music --help
+  probe       what architectures can do, and whether a sampler is sound: statezoo probe --help
   list        architectures, data, shipped configs; --pretrained: shipped weights
 
   statezoo COMMAND --help                 settings of a command

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from statezoo.datamodules import Synthetic
     from statezoo.lightning_modules import CausalLM
 
-__all__ = ["Cell", "build", "run_cell"]
+__all__ = ["Cell", "build", "one_thread", "run_cell"]
 
 LONG = 2000
 """Cells of more steps keep checkpoints, and go on from them."""
@@ -113,24 +113,26 @@ def build(cell: Cell) -> tuple[CausalLM, Synthetic]:
     return module, data
 
 
-def run_cell(cell: Cell, folder: Path, device: str = "cpu", threads: int | None = None) -> str:
+def one_thread() -> None:
+    """Let this process, one of several, use one thread."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> str:
     """Train and measure a cell, and write ``NAME.json``.
 
     Args:
         cell: What to do.
         folder: Where results are, and checkpoints while a long cell is trained.
         device: Where to run: cpu, cuda, mps.
-        threads: Threads of this process; default is torch's choice.
 
     Returns:
         What came out, in a line.
     """
-    import torch
-
     from statezoo.probe.measuring import measure
 
-    if threads:
-        torch.set_num_threads(threads)
     module, data = build(cell)
     started = time.perf_counter()
     steps = _train(cell, module, data, folder / cell.name, device)
@@ -197,8 +199,8 @@ def _state_bytes(module: CausalLM, data: Synthetic) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep away Lightning's lines about devices and workers."""
-    names = ("lightning.pytorch", "lightning.fabric")
+    """Keep away lines about devices and workers, and of how to go on with a fit."""
+    names = ("lightning.pytorch", "lightning.fabric", "statezoo.lightning_modules.checkpoints")
     levels = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)

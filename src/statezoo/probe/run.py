@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from statezoo.parser import nearest
 from statezoo.probe.base import Probe, Size, Suite
-from statezoo.probe.cell import Cell, build, run_cell
+from statezoo.probe.cell import Cell, build, one_thread, run_cell
 from statezoo.probe.models import Model, parse_models, placed
 from statezoo.probe.suites import SUITES
 
@@ -71,10 +71,9 @@ def run(
     if len(missing) < len(cells):
         sys.stderr.write(f"{len(cells) - len(missing)} of {len(cells)} cells are in {folder}\n")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = jobs or (cores or 1 if device == "cpu" else 1)
     try:
-        _run_all(missing, folder, device, workers, max((cores or 1) // workers, 1))
-    except KeyboardInterrupt:
+        _run_all(missing, folder, device, jobs or (cores or 1 if device == "cpu" else 1))
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
         sys.stderr.write(f"stopped; finished cells are in {folder}: the same command goes on\n")
         raise SystemExit(130) from None
     results = [json.loads((folder / f"{cell.name}.json").read_text("utf-8")) for cell in cells]
@@ -161,23 +160,31 @@ def _check_fit(cells: Iterable[Cell]) -> None:
             ) from None
 
 
-def _run_all(cells: Sequence[Cell], folder: Path, device: str, jobs: int, threads: int) -> None:
-    """Run cells, several at once, and say what each has found."""
+def _run_all(cells: Sequence[Cell], folder: Path, device: str, jobs: int) -> None:
+    """Run cells, several at once in processes of one thread each, and say what each has found."""
     began = time.perf_counter()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        waits = {pool.submit(run_cell, cell, folder, device, threads): cell for cell in cells}
+    for done, (cell, found) in enumerate(_found(cells, folder, device, jobs), 1):
+        sys.stderr.write(
+            f"{done}/{len(cells)} {cell.probe}, {cell.model}, width {cell.d_model}, seed "
+            f"{cell.seed}: {found}; {time.perf_counter() - began:.0f} s so far\n"
+        )
+        sys.stderr.flush()
+
+
+def _found(
+    cells: Sequence[Cell], folder: Path, device: str, jobs: int
+) -> Iterator[tuple[Cell, str]]:
+    """Yield cells as they end, each with what it has found."""
+    if min(jobs, len(cells)) <= 1:
+        yield from ((cell, run_cell(cell, folder, device)) for cell in cells)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
+        waits = {pool.submit(run_cell, cell, folder, device): cell for cell in cells}
         try:
-            for done, future in enumerate(as_completed(waits), 1):
-                cell = waits[future]
-                found = future.result()
-                sys.stderr.write(
-                    f"{done}/{len(cells)} {cell.probe}, {cell.model}, width {cell.d_model}, seed "
-                    f"{cell.seed}: {found}; {time.perf_counter() - began:.0f} s so far\n"
-                )
-                sys.stderr.flush()
-        except BaseException:
+            for future in as_completed(waits):
+                yield waits[future], future.result()
+        finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
 
 
 def _write(
