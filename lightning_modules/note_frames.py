@@ -25,10 +25,12 @@ EMBEDDING_STD = 0.2
 class FrameNetwork(StateZooPreTrainedModel):
     r"""A model that says the notes of each frame, as independent Bernoulli variables.
 
-    .. math:: x_1 = s, \quad x_t = \textstyle\sum_n f_{t-1,n} E_n, \quad
-        p(f_{t,n} = 1 \mid f_{<t}) = \sigma(W_n h_t + b_n)
+    .. math:: x_t = \textstyle\sum_n f_{t-1,n} E_n \text{ if a note sounds in } f_{t-1},
+        \text{ else } s, \qquad p(f_{t,n} = 1 \mid f_{<t}) = \sigma(W_n h_t + b_n)
 
-    where ``h`` is the stream of a :class:`StateZooModel` over ``x``, whose embedding is ``E``.
+    where ``h`` is the stream of a :class:`StateZooModel` over ``x``, whose embedding is ``E``, and
+    ``s`` stands for silence, which is also before the first frame. A stream of zeros would not do:
+    every norm multiplies its gradient by up to ``eps ** -0.5``, past float32 within a few layers.
 
     Args:
         config: Sizes and parts; ``vocab_size`` is the number of notes.
@@ -58,9 +60,10 @@ class FrameNetwork(StateZooPreTrainedModel):
         """
         table = self.model.get_input_embeddings().weight
         read = F.dropout(frames[:, :-1].to(table), self.note_dropout, self.training)
-        start = self.start.expand(len(frames), 1, -1)
+        read = F.pad(read, (0, 0, 1, 0))  # before the first frame nothing sounds
+        sounds = (read > 0).any(-1, keepdim=True)
         out = self.model(
-            inputs_embeds=torch.cat([start, read @ table], dim=1),
+            inputs_embeds=torch.where(sounds, read @ table, self.start),
             attention_mask=attention_mask,
             use_cache=False,
         )
@@ -72,7 +75,7 @@ class NoteFrames(Task):
     """Say the notes of each frame of a piano roll from all frames before it.
 
     The loss is in nats per frame, summed over its notes, which are independent given the past. The
-    first frame is said from a learned start; padding is never scored.
+    first frame, and one after silence, is said from a learned start; padding is never scored.
 
     Args:
         mixers: Mixers along time, by name, ``[gla, attention]``, or as mappings of a ``name`` and
