@@ -318,14 +318,44 @@ def test_a_long_cell_that_was_stopped_goes_on_to_the_same_numbers(tmp_path, monk
 
 
 def test_parity_needs_negative_eigenvalues(tmp_path):
-    """One layer, trained on 24 bits, read at each of 128 (Grazzi et al., arXiv:2411.12537)."""
+    """One layer, trained on 24 bits, read at each of 64 (Grazzi et al., arXiv:2411.12537)."""
     probe = SUITES["state_tracking"].quick["Z2"]
     scores = {}
     for model in ("deltanet", SIGNED):
         (one,) = plan_cells({"Z2": probe}, parse_models([model]), 1)
-        cells.run_cell(replace(one, steps=300, examples=50), tmp_path)
+        cells.run_cell(replace(one, steps=160, examples=50, lengths=[24, 64]), tmp_path)
     for file in tmp_path.glob("*.json"):
         found = json.loads(file.read_text())
         scores[found["cell"]["model"]] = value(found)
     assert scores[SIGNED] >= 0.9
     assert scores["deltanet"] <= 0.1
+
+
+def test_a_training_that_diverges_is_a_result_too(tmp_path):
+    one = one_cell(lr=1e30)
+    line = cells.run_cell(one, tmp_path)
+    found = json.loads((tmp_path / f"{one.name}.json").read_text())
+    assert line.endswith("DIVERGED")
+    assert found["diverged"]
+    assert 0 < found["steps"] < 12
+
+
+def test_stopped_runs_write_what_there_is(tmp_path, capsys, monkeypatch):
+    from statezoo.probe import run as runner
+
+    done = []
+
+    def stop(cell, folder, device):
+        if done:
+            raise KeyboardInterrupt
+        done.append(cell)
+        return cells.run_cell(cell, folder, device)
+
+    monkeypatch.setattr(runner, "run_cell", stop)
+    with pytest.raises(SystemExit) as ended:
+        main(tiny(tmp_path))
+    assert ended.value.code == 130
+    said = capsys.readouterr()
+    assert "stopped with 1 of 2 cells: the same command goes on" in said.err
+    assert "| `gla` | 0.00 / 0.00 (fail: agrees) |" in said.out
+    assert "deltanet" not in said.out

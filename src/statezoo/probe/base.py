@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-__all__ = ["Probe", "Size", "Suite"]
+__all__ = ["Probe", "Settings", "Size", "Suite"]
 
 Size = Literal["quick", "paper"]
+
+Settings = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +39,7 @@ class Probe:
     task: Mapping[str, Any]
     lengths: tuple[int, ...]
     measure: str = "tokens"
-    mixers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    mixers: Settings = field(default_factory=dict)
     d_model: tuple[int, ...] = (32,)
     n_layers: int = 1
     channel: str | None = "swiglu"

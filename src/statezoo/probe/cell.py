@@ -135,14 +135,15 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> str:
 
     module, data = build(cell)
     started = time.perf_counter()
-    steps = _train(cell, module, data, folder / cell.name, device)
+    steps, diverged = _train(cell, module, data, folder / cell.name, device)
     seconds = time.perf_counter() - started
-    net = module.net.to(device)
+    net = module.to(device).net
     found = {split: measure(net, data, split) for split in ("val", "test")}
     value = found["test"][max(cell.lengths)][cell.measure]
     results = {
         "cell": asdict(cell),
         "steps": steps,
+        "diverged": diverged,
         "seconds": round(seconds, 1),
         "device": device,
         "parameters": sum(p.numel() for p in module.net.parameters()),
@@ -152,11 +153,18 @@ def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> str:
     draft = folder / f"{cell.name}.json.part"
     draft.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     draft.replace(folder / f"{cell.name}.json")
-    return f"{cell.measure} {value:.3f} at {max(cell.lengths)}, {steps} steps, {seconds:.0f} s"
+    end = ", DIVERGED" if diverged else ""
+    return f"{cell.measure} {value:.3f} at {max(cell.lengths)}, {steps} steps, {seconds:.0f} s{end}"
 
 
-def _train(cell: Cell, module: CausalLM, data: Synthetic, folder: Path, device: str) -> int:
-    """Train, and return the steps that it took; goes on where it was stopped."""
+def _train(
+    cell: Cell, module: CausalLM, data: Synthetic, folder: Path, device: str
+) -> tuple[int, bool]:
+    """Train, going on where it was stopped.
+
+    Returns:
+        The steps that it took, and whether it ended in a loss or gradient that is no number.
+    """
     from lightning.pytorch import Trainer
 
     from statezoo.lightning_modules.checkpoint import newest_whole
@@ -164,7 +172,7 @@ def _train(cell: Cell, module: CausalLM, data: Synthetic, folder: Path, device: 
     from statezoo.probe.stopping import StopWhenSolved
 
     callbacks: list[Any] = [StopWhenSolved(cell.measure, max(cell.steps // 20, 1))]
-    path = None
+    path, diverged = None, False
     if cell.steps > LONG:
         callbacks.append(Checkpoints(every_n_steps=LONG // 4, folder=str(folder)))
         if folder.is_dir() and any(folder.glob("*.ckpt")):
@@ -185,9 +193,12 @@ def _train(cell: Cell, module: CausalLM, data: Synthetic, folder: Path, device: 
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=True)
+        except FloatingPointError:  # before the step: what was learnt until then is measured
+            diverged = True
     shutil.rmtree(folder, ignore_errors=True)
-    return int(trainer.global_step)
+    return int(trainer.global_step), diverged
 
 
 def _state_bytes(module: CausalLM, data: Synthetic) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from statezoo.probe.results import Entry, value
 
@@ -27,11 +28,11 @@ def draw_curves(path: Path, entries: Sequence[Entry]) -> None:
             number = names.index((entry.model, entry.d_model))
             lengths = sorted(map(int, entry.results[0]["test"]))
             values = [[value(one, n) for one in entry.results] for n in lengths]
-            style = dict(color=f"C{number % 10}", marker="os^Dv"[number // 10 % 5])
+            style: dict[str, Any] = dict(color=f"C{number % 10}", marker="os^Dv"[number // 10 % 5])
             label = f"{entry.model}{f', {entry.d_model}' if several else ''}"
-            axis.plot(lengths, [max(x) for x in values], label=label, **style)  # type: ignore[arg-type]
+            axis.plot(lengths, [max(x) for x in values], label=label, **style)
             means = [statistics.fmean(x) for x in values]
-            axis.plot(lengths, means, linestyle=":", linewidth=0.8, **style)  # type: ignore[arg-type]
+            axis.plot(lengths, means, linestyle=":", linewidth=0.8, **style)
         trained = found[0].results[0]["cell"]["task"].get("max_length")
         if trained in lengths:
             axis.axvline(trained, color="0.8", linewidth=0.8)

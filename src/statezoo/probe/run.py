@@ -38,7 +38,7 @@ def run(
     Every model is trained on each task and tested on longer problems; a cell of the table has the
     mean and the best over the seeds of the accuracy above chance at the longest length, and what is
     published of it. Finished cells are kept beside the table, so that the same command goes on
-    where it was stopped, and more seeds, models or tasks add to it.
+    where it was stopped, and more seeds, models or tasks add to it. Ctrl-C writes what there is.
 
     Args:
         suite: state_tracking, recall, in_context, long_context or algorithmic.
@@ -71,13 +71,20 @@ def run(
     if len(missing) < len(cells):
         sys.stderr.write(f"{len(cells) - len(missing)} of {len(cells)} cells are in {folder}\n")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    stopped = False
     try:
         _run_all(missing, folder, device, jobs or (cores or 1 if device == "cpu" else 1))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
-        sys.stderr.write(f"stopped; finished cells are in {folder}: the same command goes on\n")
-        raise SystemExit(130) from None
-    results = [json.loads((folder / f"{cell.name}.json").read_text("utf-8")) for cell in cells]
-    _write(Path(out), results, named, f"{suite}, {size} size: {chosen.about}", chosen.frontier)
+        stopped = True
+    files = [folder / f"{cell.name}.json" for cell in cells]
+    results = [json.loads(file.read_text("utf-8")) for file in files if file.is_file()]
+    if results:
+        _write(Path(out), results, named, f"{suite}, {size} size: {chosen.about}", chosen.frontier)
+    if stopped:
+        sys.stderr.write(
+            f"stopped with {len(results)} of {len(cells)} cells: the same command goes on\n"
+        )
+        raise SystemExit(130)
 
 
 def plan_cells(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from statezoo.probe.base import Probe, Suite
+from statezoo.probe.base import Probe, Settings, Suite
 
 __all__ = ["SUITES"]
 
-# ---------------------------------------------------------------- state tracking
-
-NO_CONV = {
+NO_CONV: Settings = {
     "any": {"d_conv": 0, "n_heads": 4},
     "mamba": {"d_conv": 1},
     "mamba2": {"d_conv": 1, "head_dim": 16, "d_state": 32},
@@ -44,16 +42,18 @@ SHORT_WORDS = replace(
 )
 """Large groups are learnt slowly: from short words, read a little beyond."""
 
+AS_PUBLISHED: Settings = {
+    "any": {"d_conv": 0, "n_heads": 8, "use_gate": False},
+    "mamba": {"d_conv": 1},
+    "mamba2": {"d_conv": 1},
+    "deltaproduct": {"head_dim": 32, "expand_v": 1.0},
+}
+
 PUBLISHED_WORDS = Probe(
     task={"name": "group_words", "min_length": 128, "max_length": 128},
     lengths=(128, 256, 512),
     measure="sequences",
-    mixers={
-        "any": {"d_conv": 0, "n_heads": 8, "use_gate": False},
-        "mamba": {"d_conv": 1},
-        "mamba2": {"d_conv": 1},
-        "deltaproduct": {"head_dim": 32, "expand_v": 1.0},
-    },
+    mixers=AS_PUBLISHED,
     d_model=(128,),
     steps=97_700,
     batch_size=2048,
@@ -133,9 +133,7 @@ STATE_TRACKING = Suite(
     },
 )
 
-# ---------------------------------------------------------------- recall
-
-ONE_HEAD = {
+ONE_HEAD: Settings = {
     "any": {"n_heads": 1},
     "based": {"feature_dim": 8},
     "deltaproduct": {"expand_v": 1.0},
@@ -221,17 +219,17 @@ RECALL = Suite(
     frontier=True,
 )
 
-# ---------------------------------------------------------------- in context
+TWO_HEADS: Settings = {
+    "any": {"n_heads": 2},
+    "mamba2": {"head_dim": 32, "d_state": 32},
+    "gated_deltanet": {"expand_v": 1.0},
+}
 
 LANGUAGES = Probe(
     task={"name": "icll", "min_length": 10, "max_length": 10, "max_string": 12},
     lengths=(10, 20),
     measure="legal",
-    mixers={
-        "any": {"n_heads": 2},
-        "mamba2": {"head_dim": 32, "d_state": 32},
-        "gated_deltanet": {"expand_v": 1.0},
-    },
+    mixers=TWO_HEADS,
     d_model=(48,),
     n_layers=2,
     steps=500,
@@ -258,16 +256,10 @@ IN_CONTEXT = Suite(
     },
 )
 
-# ---------------------------------------------------------------- long context
-
 PASSKEY = Probe(
     task={"name": "passkey"},
     lengths=(128, 256, 512, 1024),
-    mixers={
-        "any": {"n_heads": 2},
-        "mamba2": {"head_dim": 32, "d_state": 32},
-        "gated_deltanet": {"expand_v": 1.0},
-    },
+    mixers=TWO_HEADS,
     d_model=(48,),
     n_layers=2,
     steps=400,
@@ -325,13 +317,11 @@ LONG_CONTEXT = Suite(
     },
 )  # fmt: skip
 
-# ---------------------------------------------------------------- algorithms
-
 SUCCESSOR = Probe(
     task={"name": "binary_successor", "max_length": 8},
     lengths=(8, 16, 32),
     measure="sequences",
-    mixers=PASSKEY.mixers,
+    mixers=TWO_HEADS,
     d_model=(48,),
     n_layers=2,
     steps=400,
