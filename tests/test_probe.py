@@ -338,6 +338,7 @@ def test_a_training_that_diverges_is_a_result_too(tmp_path):
     assert line.endswith("DIVERGED")
     assert found["diverged"]
     assert 0 < found["steps"] < 12
+    assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
 
 
 def test_stopped_runs_write_what_there_is(tmp_path, capsys, monkeypatch):

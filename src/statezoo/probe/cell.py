@@ -179,6 +179,7 @@ def _train(
             path = newest_whole(folder)[0]
     with _quiet():
         trainer = Trainer(
+            default_root_dir=folder,
             accelerator="gpu" if device == "cuda" else device,
             devices=1,
             precision=cell.precision,  # type: ignore[arg-type]
