@@ -118,6 +118,25 @@ def test_every_parameter_learns_the_start_too():
     assert all(p.grad is not None and p.grad.any() for p in task.net.parameters())
 
 
+def test_silence_reads_as_the_start_and_has_a_gradient():
+    """Norms on a stream of zeros would multiply its gradient past float32, and 0 * inf is nan."""
+    roll = pieces([6])[0]
+    roll[[2, 3]] = 0
+    task = make([{"name": "mamba2", "head_dim": 16}], n_layers=20, channel=None).eval()
+    batch, grads = Rolls([roll])[0, [0]], []
+    for dtype in (torch.float64, torch.float32):
+        task.to(dtype).zero_grad()
+        task.frame_nll(batch).sum().backward()
+        grads.append({k: p.grad.clone().double() for k, p in task.net.named_parameters()})
+    for name, grad in grads[1].items():  # float32: sums of a few hundred terms
+        assert torch.allclose(grad, grads[0][name], rtol=1e-3, atol=1e-4), name
+
+    said = task.net(torch.from_numpy(roll)[None])[0][0]  # frame 3 and 4 follow silence
+    task.net.start.data += 1
+    moved = (task.net(torch.from_numpy(roll)[None])[0][0] - said).abs().amax(-1)
+    assert (moved[[0, 3, 4]] > 0.01).all()
+
+
 def test_it_learns_a_rule(trainer):
     """Each frame is the one before, a key higher: only the first can cost anything."""
     rolls = []
