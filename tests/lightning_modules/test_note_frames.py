@@ -79,7 +79,7 @@ def test_a_real_piece_scores_the_same_alone_and_in_a_batch():
             assert not row[len(roll) :].any()
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize("mixer", sorted(name for name in MIXERS if not MIXERS[name].reads_ids))
 def test_every_mixer_reads_the_past_alone_and_trains(mixer, trainer):
     task = make([mixer], d_model=32)
     rolls = pieces([9, 6])
