@@ -15,7 +15,7 @@ from statezoo.main import main
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 ROOT = shipped.root()
 NAMES = shipped.names()
-CORPORA = {"novels": "text", "yeast": "dna"}
+CORPORA = {"bach": "music", "novels": "text", "yeast": "dna"}
 """Where the recipes of each corpus are."""
 FAMILIES = ("deltaproduct", "gla", "hybrid", "mamba2", "mom", "transformer")
 MB = 10**6
@@ -93,3 +93,11 @@ def test_bases_without_training(tmp_path):
     given = ["--prompt", "ATG", "--tokens", "30", "--out", str(out)]
     main(["dna", "generate", "--model", "gla-yeast", *given])
     assert "ATG" in out.read_text()
+
+
+def test_music_without_training(tmp_path):
+    pytest.importorskip("symusic")
+    prompt = ["--prompt", str(ROOT / "gla-bach" / "sample.mid"), "--prompt-bars", "2"]
+    given = [*prompt, "--bars", "1", "--out-dir", str(tmp_path)]
+    main(["music", "continue", "--model", "gla-bach", *given])
+    assert (tmp_path / "1.mid").stat().st_size > 0
