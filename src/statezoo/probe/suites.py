@@ -144,14 +144,14 @@ ONE_HEAD: Settings = {
 }
 
 PAIRS = Probe(
-    task={"name": "mqar", "n_symbols": 256, "random_filler": False},
+    task={"name": "mqar", "n_symbols": 128, "random_filler": False},
     lengths=(64,),
     mixers=ONE_HEAD,
-    d_model=(32,),
+    d_model=(16, 48),
     n_layers=2,
     channel=None,
-    steps=500,
-    lr=(1e-2,),
+    steps=1000,
+    lr=(5e-3,),
 )
 
 
@@ -177,15 +177,20 @@ PUBLISHED_PAIRS = Probe(
 
 RECALL = Suite(
     about="values of keys that were read before; many pairs need a large or well used state",
-    models="transformer,hybrid,deltanet,gated_deltanet,deltaproduct,mamba,mamba2,gla,retnet,based",
+    models=(
+        "transformer,hybrid,deltanet,gated_deltanet,deltaproduct,mamba,mamba2,gla,base_conv+gla,"
+        "base_conv+based"
+    ),
     quick={
-        "mqar_8": _pairs(PAIRS, 64, 8, usual=False),
-        "mqar_16": _pairs(PAIRS, 64, 16, d_model=(16, 32)),
+        "mqar_8": _pairs(PAIRS, 64, 8),
+        "mqar_16": _pairs(PAIRS, 64, 16, steps=3000, usual=False),
         "mqar_8_of_8192": _pairs(
-            replace(PAIRS, task=PUBLISHED_PAIRS.task, d_model=(64,), steps=800, usual=False), 64, 8
+            replace(PAIRS, task=PUBLISHED_PAIRS.task, d_model=(64,), lr=(1e-2,), usual=False),
+            64,
+            8,
         ),
         "induction_heads": replace(
-            PAIRS, task={"name": "induction_heads"}, lengths=(30, 64, 256), steps=800, usual=False
+            PAIRS, task={"name": "induction_heads"}, lengths=(30, 64, 256), usual=False
         ),
     },
     paper={
