@@ -131,8 +131,8 @@ def _cell(entry: Entry | None) -> str:
 
 
 COLUMNS = (
-    "probe", "model", "d_model", "seed", "lr", "steps", "seconds", "diverged", "parameters", "state_bytes",
-    "length", "problems", "scored", "chance", "tokens", "sequences", "legal", "variation", "nll",
+    "probe", "model", "d_model", "seed", "lr", "steps", "seconds", "diverged", "parameters",
+    "state_bytes", "length", "problems", "scored", "chance", "tokens", "sequences", "legal", "variation", "nll",
 )  # fmt: skip
 
 
