@@ -132,7 +132,8 @@ def _cell(entry: Entry | None) -> str:
 
 COLUMNS = (
     "probe", "model", "d_model", "seed", "lr", "steps", "seconds", "diverged", "parameters",
-    "state_bytes", "length", "problems", "scored", "chance", "tokens", "sequences", "legal", "variation", "nll",
+    "state_bytes", "length", "problems", "scored", "chance", "tokens", "sequences", "legal",
+    "variation", "nll",
 )  # fmt: skip
 
 
