@@ -360,3 +360,25 @@ def test_stopped_runs_write_what_there_is(tmp_path, capsys, monkeypatch):
     assert "stopped with 1 of 2 cells: the same command goes on" in said.err
     assert "| `gla` | 0.00 / 0.00 (fail: agrees) |" in said.out
     assert "deltanet" not in said.out
+
+
+def test_only_the_widest_models_are_held_against_publications():
+    found = [result("mqar_8", "deltanet", 0, 0.1), result("mqar_8", "deltanet", 0, 1.0)]
+    found[1]["cell"]["d_model"] = 64
+    narrow, wide = bring_together(found, parse_models("deltanet"))
+    assert narrow.expected is None
+    assert wide.agrees
+
+
+def test_the_share_of_right_sequences_is_drawn_by_token_and_other_values_by_length(tmp_path):
+    from statezoo.probe.pictures import _curve, draw_curves
+
+    words = result("S3", "gla", 0, 0.5, measured="sequences")
+    words["test"]["64"]["cumulative"] = [1.0, 0.75, 0.5]
+    assert _curve(words) == {1: 1.0, 2: 0.75, 3: 0.5}
+    parity = result("parity", "gla", 0, 1.0)
+    parity["test"]["128"] = {**parity["test"]["64"], "tokens": 0.75}
+    assert _curve(parity) == {64: 1.0, 128: 0.5}
+    (only,) = bring_together([result("mqar_8", "gla", 0, 1.0)], parse_models("gla"))
+    assert not draw_curves(tmp_path / "a.png", [only])
+    assert not (tmp_path / "a.png").exists()

@@ -1,4 +1,4 @@
-"""Pictures of probes: accuracy by length, and accuracy against bytes of state."""
+"""Pictures of probes: accuracy by length or token, and against bytes of state."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from statezoo.probe.results import Entry, value
+from statezoo.probe.results import Entry, Result, value
 
 __all__ = ["draw_curves", "draw_frontier"]
 
 
-def draw_curves(path: Path, entries: Sequence[Entry]) -> None:
-    """Draw the best and the mean value by length, a panel for each task with several lengths."""
+def draw_curves(path: Path, entries: Sequence[Entry]) -> bool:
+    """Draw what the best seed and all in the mean can do, a panel for each task.
+
+    That is the value by length of the test; where whole sequences count, the share of them that is
+    right up to each token of the longest. Tasks of one length and one answer have no curve.
+
+    Returns:
+        Whether there was anything to draw.
+    """
     from matplotlib.figure import Figure
 
     panels: dict[str, list[Entry]] = {}
     for entry in entries:
-        panels.setdefault(entry.probe, []).append(entry)
+        if len(_curve(entry.results[0])) > 1:
+            panels.setdefault(entry.probe, []).append(entry)
+    if not panels:
+        return False
     figure = Figure(figsize=(5.2 * len(panels) + 2.4, 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     names = list(dict.fromkeys((entry.model, entry.d_model) for entry in entries))
@@ -26,23 +36,40 @@ def draw_curves(path: Path, entries: Sequence[Entry]) -> None:
     for axis, (probe, found) in zip(axes, panels.items(), strict=True):
         for entry in found:
             number = names.index((entry.model, entry.d_model))
-            lengths = sorted(map(int, entry.results[0]["test"]))
-            values = [[value(one, n) for one in entry.results] for n in lengths]
-            style: dict[str, Any] = dict(color=f"C{number % 10}", marker="os^Dv"[number // 10 % 5])
+            curves = [_curve(one) for one in entry.results]
+            best = curves[max(range(len(curves)), key=lambda i: value(entry.results[i]))]
+            style: dict[str, Any] = dict(color=f"C{number % 10}", alpha=0.8)
+            if len(best) < 9:
+                style["marker"] = "os^Dv"[number // 10 % 5]
             label = f"{entry.model}{f', {entry.d_model}' if several else ''}"
-            axis.plot(lengths, [max(x) for x in values], label=label, **style)
-            means = [statistics.fmean(x) for x in values]
-            axis.plot(lengths, means, linestyle=":", linewidth=0.8, **style)
-        trained = found[0].results[0]["cell"]["task"].get("max_length")
-        if trained in lengths:
-            axis.axvline(trained, color="0.8", linewidth=0.8)
-        axis.set(title=probe, xlabel="length", ylim=(-0.05, 1.05), xscale="log")
-        axis.set_xticks(lengths, [str(n) for n in lengths])
-        axis.minorticks_off()
-    axes[0].set_ylabel(f"{found[0].results[0]['cell']['measure']}: best, mean dotted")
+            axis.plot([*best], [*best.values()], label=label, **style)
+            mean = [statistics.fmean(curve[x] for curve in curves) for x in best]
+            axis.plot([*best], mean, linestyle=":", linewidth=0.8, **style)
+        cell = found[0].results[0]["cell"]
+        trained = cell["task"].get("max_length")
+        if trained is not None:
+            axis.axvline(trained, color="0.8", linewidth=0.8, zorder=0)
+        of = "token" if _cumulative(found[0].results[0]) else "length"
+        axis.set(title=f"{probe}: {cell['measure']}", xlabel=of, ylim=(-0.05, 1.05), xscale="log")
+    axes[0].set_ylabel("best seed, mean dotted")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=120)
+    return True
+
+
+def _cumulative(result: Result) -> list[float]:
+    """Return the share of sequences right up to each token, where those are what counts."""
+    found = result["test"][str(max(map(int, result["test"])))]
+    wanted = result["cell"]["measure"] == "sequences"
+    return list(found.get("cumulative", ())) if wanted else []
+
+
+def _curve(result: Result) -> dict[int, float]:
+    """Return what is drawn of a result: values by token or by length."""
+    if shares := _cumulative(result):
+        return dict(enumerate(shares, 1))
+    return {n: value(result, n) for n in sorted(map(int, result["test"]))}
 
 
 def draw_frontier(path: Path, entries: Sequence[Entry]) -> None:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from statezoo.probe.models import Model
 from statezoo.probe.published import Expected, expected
 
-__all__ = ["Entry", "bring_together", "markdown", "value", "write_csv"]
+__all__ = ["Entry", "Result", "bring_together", "markdown", "value", "write_csv"]
 
 Result = Mapping[str, Any]
+"""What a cell has written."""
 
 
 class Entry(NamedTuple):
@@ -26,7 +27,7 @@ class Entry(NamedTuple):
         results: The result of each seed, that of the best learning rate.
         mean: Of the seeds' values.
         best: The largest.
-        expected: What is published; None if nothing is.
+        expected: What is published, of the widest models; None if nothing is.
         agrees: Whether the best agrees with it; None if that cannot be said.
     """
 
@@ -71,8 +72,9 @@ def bring_together(results: Iterable[Result], models: Mapping[str, Model]) -> li
     best = {key: max(map(value, seeds.values())) for key, seeds in groups.items()}
     entries = []
     for (probe, model, width), seeds in groups.items():
+        widest = width == max(w for p, _, w in groups if p == probe)
         others = {name: x for (p, name, w), x in best.items() if (p, w) == (probe, width)}
-        hoped = expected(probe, models[model])
+        hoped = expected(probe, models[model]) if widest else None
         top = best[probe, model, width]
         entries.append(
             Entry(

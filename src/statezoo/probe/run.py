@@ -49,8 +49,8 @@ def run(
         seeds: Seeds, from 0 on.
         size: quick, for minutes on two CPU cores; or paper, the published setting, for a GPU.
         out: Markdown to write. Beside it go its .csv with every length and seed, .png with
-            accuracy by length, .frontier.png with accuracy against bytes of state where the suite
-            is of recall, and the folder .cells.
+            accuracy by length or token, .frontier.png with accuracy against bytes of state where
+            the suite is of recall, and the folder .cells.
         steps: Optimiser steps instead of the suite's; for trials.
         jobs: Cells that are trained at once; default one for each CPU core, and one on other
             devices.
@@ -211,13 +211,14 @@ def _write(
         notes.append(
             f"{name}: {MEASURES[cell['measure']]}, at {max(cell['lengths'])}; trained at "
             f"{cell['task'].get('max_length', 'the lengths of the task')}, at most {cell['steps']} "
-            f"steps of {cell['batch_size']}, {cell['n_layers']} layers of width {cell['d_model']}."
+            f"steps of {cell['batch_size']}, {cell['n_layers']} layers."
         )
     text = markdown(entries, title, notes)
     out.write_text(text, encoding="utf-8")
     write_csv(out.with_suffix(".csv"), results)
-    draw_curves(out.with_suffix(".png"), entries)
-    written = [out, out.with_suffix(".csv"), out.with_suffix(".png")]
+    written = [out, out.with_suffix(".csv")]
+    if draw_curves(out.with_suffix(".png"), entries):
+        written.append(out.with_suffix(".png"))
     if frontier:
         written.append(out.with_suffix(".frontier.png"))
         draw_frontier(written[-1], entries)

@@ -178,8 +178,7 @@ PUBLISHED_PAIRS = Probe(
 RECALL = Suite(
     about="values of keys that were read before; many pairs need a large or well used state",
     models=(
-        "transformer,hybrid,deltanet,gated_deltanet,deltaproduct,mamba,mamba2,gla,base_conv+gla,"
-        "base_conv+based"
+        "transformer,hybrid,deltanet,gated_deltanet,deltaproduct,mamba,mamba2,gla,base_conv+based"
     ),
     quick={
         "mqar_8": _pairs(PAIRS, 64, 8),
