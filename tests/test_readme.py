@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def write_music(folder: Path) -> None:
             score.tracks[0].notes.append(symusic.Note(480 * step, 480, pitch, 80))
         score.dump_midi(str(folder / "my_midis" / f"{number}.mid"))
     score.dump_midi(str(folder / "theme.mid"))
+    shutil.copy(ROOT / "hub_cards" / "gla-bach" / "sample.mid", folder / "chorale.mid")
 
 
 def test_every_command_runs_in_order(folder, monkeypatch, capsys):
@@ -102,6 +104,7 @@ def test_every_command_runs_in_order(folder, monkeypatch, capsys):
         assert (folder / "runs" / "gla-text" / "version_0" / left).exists()
     made = "my_model/model.safetensors nll.bedGraph scored.vcf vectors.parquet generated.fa"
     made += " new.fa llr.vcf scores.csv liger/model.safetensors my_card/README.md lengths.csv"
+    made += " parity.md parity.csv parity.png bach/1.mid"
     for name in (*made.split(), "out/1.mid", "out/2.png", "filled.mid", "roll.png", "theme.wav"):
         assert (folder / name).stat().st_size > 0
 
