@@ -203,7 +203,9 @@ def _write(
     from statezoo.probe.results import bring_together, markdown, write_csv
 
     entries = bring_together(results, models)
-    said = {entry.probe: entry.results[0]["cell"] for entry in entries}
+    said: dict[str, Any] = {}
+    for entry in entries:
+        said.setdefault(entry.probe, entry.results[0]["cell"])
     notes = [
         "Mean / best over the seeds, at the longest length, above chance; then what is published."
     ]
@@ -211,7 +213,8 @@ def _write(
         notes.append(
             f"{name}: {MEASURES[cell['measure']]}, at {max(cell['lengths'])}; trained at "
             f"{cell['task'].get('max_length', 'the lengths of the task')}, at most {cell['steps']} "
-            f"steps of {cell['batch_size']}, {cell['n_layers']} layers."
+            f"steps of {cell['batch_size']}; {cell['n_layers']} layers, of a hybrid one of each kind at "
+            "least."
         )
     text = markdown(entries, title, notes)
     out.write_text(text, encoding="utf-8")
