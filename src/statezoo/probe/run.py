@@ -213,8 +213,8 @@ def _write(
         notes.append(
             f"{name}: {MEASURES[cell['measure']]}, at {max(cell['lengths'])}; trained at "
             f"{cell['task'].get('max_length', 'the lengths of the task')}, at most {cell['steps']} "
-            f"steps of {cell['batch_size']}; {cell['n_layers']} layers, of a hybrid one of each kind at "
-            "least."
+            f"steps of {cell['batch_size']}; {cell['n_layers']} layers, of a hybrid at "
+            "least one of each kind."
         )
     text = markdown(entries, title, notes)
     out.write_text(text, encoding="utf-8")
