@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-import logging
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -19,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from statezoo.card.run import Run
 from statezoo.datamodules.batch import IGNORE
 from statezoo.folder import fixture_nll
+from statezoo.quiet import quiet
 
 __all__ = ["baselines", "describe", "fingerprint", "fixture", "lightest", "results", "speed"]
 
@@ -73,7 +71,7 @@ def results(run: Run) -> dict[str, float]:
     all four voices at a sixteenth, and of a quarter.
     """
     trainer = _trainer(accelerator="auto")
-    with _quiet():
+    with quiet():
         found = dict(trainer.validate(run.module, run.data, verbose=False)[0])
         if run.split == "test":
             found |= trainer.test(run.module, run.data, verbose=False)[0]
@@ -173,7 +171,7 @@ def _speed(run: Run, command: str) -> dict[str, Any]:
         limit_val_batches=0,
         callbacks=[clock],
     )
-    with _quiet():
+    with quiet():
         trainer.fit(ckpt.load_checkpoint(run.checkpoint, map_location="cpu"), run.data)
     run.data.trainer = None
     return {
@@ -247,7 +245,7 @@ def _ids(run: Run, n: int) -> list[int]:
 
 
 def _trainer(**settings: Any) -> Trainer:
-    with _quiet():
+    with quiet():
         return Trainer(
             devices=1,
             logger=False,
@@ -257,17 +255,3 @@ def _trainer(**settings: Any) -> Trainer:
             use_distributed_sampler=False,
             **settings,
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what Lightning tells about each of several short runs off the screen."""
-    loggers = [logging.getLogger(f"lightning.{part}") for part in ("pytorch", "fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from itertools import product
 from pathlib import Path
@@ -19,6 +15,7 @@ import numpy as np
 
 from statezoo.arguments import find_weights
 from statezoo.dna.bench_table import Section, markdown
+from statezoo.quiet import quiet
 
 __all__ = ["Task", "bench", "find_tasks", "train_and_test"]
 
@@ -256,7 +253,7 @@ def train_and_test(
     start = time.perf_counter()
     seed_everything(seed, verbose=False)
     data = LabelledDNA(task.path, seed=seed)
-    with _quiet():
+    with quiet("statezoo.datamodules"):
         sequences, _ = data.rows("train")
         length = sum(map(len, sequences)) / len(sequences)
         data.batch_size = int(min(max(TOKENS_PER_STEP // length, 8), 64, len(sequences)))
@@ -314,20 +311,3 @@ def _classifier(data: Any, network: str, recipe: Recipe, pretrained: bool) -> An
         bidirectional=True,
         **shared,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep away Lightning's lines about devices, and those that the data has said before."""
-    names = ("lightning.pytorch", "lightning.fabric", "statezoo.datamodules")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*GPU available.*"):
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from statezoo.quiet import quiet
 
 if TYPE_CHECKING:
     from statezoo.datamodules import Synthetic
@@ -177,7 +175,7 @@ def _train(
         callbacks.append(Checkpoints(every_n_steps=LONG // 4, folder=str(folder)))
         if folder.is_dir() and any(folder.glob("*.ckpt")):
             path = newest_whole(folder)[0]
-    with _quiet():
+    with quiet("statezoo.lightning_modules.checkpoints"):
         trainer = Trainer(
             default_root_dir=folder,
             accelerator="gpu" if device == "cuda" else device,
@@ -207,20 +205,3 @@ def _state_bytes(module: CausalLM, data: Synthetic) -> int:
     task = data.task
     tokens = len(task.example(data.seed, "val", 0, task.max_length).tokens)
     return sum(mixer.state_size(tokens) for mixer in module.net.model.mixers())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep away lines about devices and workers, and of how to go on with a fit."""
-    names = ("lightning.pytorch", "lightning.fabric", "statezoo.lightning_modules.checkpoints")
-    levels = {name: logging.getLogger(name).level for name in names}
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*GPU available.*"):
-                warnings.filterwarnings("ignore", message=message)
-            yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
