@@ -221,7 +221,7 @@ def tiny(tmp_path, *more, seeds=1, tasks="Z2", models=f"gla,{SIGNED}"):
 def test_a_table_is_made_once_and_added_to(tmp_path, capsys):
     main(tiny(tmp_path))
     first = capsys.readouterr()
-    assert "| `gla` | 0.00 / 0.00 (fail: agrees) |" in first.out
+    assert "| `gla` | 0.00 at 24, 0.00 / 0.00 (fail: agrees) |" in first.out
     assert "1/2 Z2, gla" in first.err
     kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "t.cells").iterdir()}
     assert len(kept) == 2
@@ -358,7 +358,7 @@ def test_stopped_runs_write_what_there_is(tmp_path, capsys, monkeypatch):
     assert ended.value.code == 130
     said = capsys.readouterr()
     assert "stopped with 1 of 2 cells: the same command goes on" in said.err
-    assert "| `gla` | 0.00 / 0.00 (fail: agrees) |" in said.out
+    assert "| `gla` | 0.00 at 24, 0.00 / 0.00 (fail: agrees) |" in said.out
     assert "deltanet" not in said.out
 
 
@@ -382,3 +382,15 @@ def test_the_share_of_right_sequences_is_drawn_by_token_and_other_values_by_leng
     (only,) = bring_together([result("mqar_8", "gla", 0, 1.0)], parse_models("gla"))
     assert not draw_curves(tmp_path / "a.png", [only])
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_row_has_a_width_only_where_a_task_has_several():
+    found = [result("S3", "gla", 0, 0.5), result("S4", "gla", 0, 0.7)]
+    found[1]["cell"]["d_model"] = 64
+    found[1]["test"]["8"] = {**found[1]["test"]["64"], "tokens": 1.0}
+    models = parse_models("gla")
+    one = markdown(bring_together(found, models), "title", [])
+    assert "| `gla` | 0.00 / 0.00 (fail: agrees) | 1.00 at 8, 0.40 / 0.40 (fail: agrees) |" in one
+    found.append(result("S4", "gla", 0, 0.5))
+    two = markdown(bring_together(found, models), "title", [])
+    assert "| `gla` | 64 | not run | 1.00 at 8, 0.40 / 0.40 (fail: agrees) |" in two

@@ -95,13 +95,14 @@ def markdown(entries: Sequence[Entry], title: str, notes: Sequence[str]) -> str:
         notes: Sentences below.
     """
     probes = list(dict.fromkeys(entry.probe for entry in entries))
-    rows = list(dict.fromkeys((entry.model, entry.d_model) for entry in entries))
-    by = {(entry.model, entry.d_model, entry.probe): entry for entry in entries}
-    several = len({width for _, width in rows}) > 1
+    several = len({(entry.probe, entry.d_model) for entry in entries}) > len(probes)
     head = ["model", *(["width"] if several else []), *probes]
     lines = [f"# {title}", "", _row(head), _row(["---"] * len(head))]
-    for model, width in rows:
-        cells = [_cell(by.get((model, width, probe))) for probe in probes]
+    rows: dict[tuple[str, int], dict[str, Entry]] = {}
+    for entry in entries:
+        rows.setdefault((entry.model, entry.d_model * several), {})[entry.probe] = entry
+    for (model, width), found in rows.items():
+        cells = [_cell(found.get(probe)) for probe in probes]
         lines.append(_row([f"`{model}`", *([str(width)] if several else []), *cells]))
     judged = [entry for entry in entries if entry.agrees is not None]
     wrong = [entry for entry in judged if not entry.agrees]
@@ -122,10 +123,13 @@ def _row(cells: Iterable[str]) -> str:
 
 
 def _cell(entry: Entry | None) -> str:
-    """Write mean, best, what is published, and whether they agree."""
+    """Write mean and best after the best at the shortest length, what is published, agreement."""
     if entry is None:
         return "not run"
     numbers = f"{entry.mean:.2f} / {entry.best:.2f}"
+    lengths = [int(length) for length in entry.results[0]["test"]]
+    if (short := min(lengths)) < max(lengths):
+        numbers = f"{max(value(one, short) for one in entry.results):.2f} at {short}, {numbers}"
     if entry.expected is None:
         return numbers
     mark = {True: "agrees", False: "DIFFERS", None: "?"}[entry.agrees]

@@ -207,7 +207,8 @@ def _write(
     for entry in entries:
         said.setdefault(entry.probe, entry.results[0]["cell"])
     notes = [
-        "Mean / best over the seeds, at the longest length, above chance; then what is published."
+        "Mean / best over the seeds, above chance, at the longest length, after the best at the "
+        "shortest; then what is published."
     ]
     for name, cell in said.items():
         notes.append(
