@@ -261,18 +261,32 @@ IN_CONTEXT = Suite(
 )
 
 PASSKEY = Probe(
-    task={"name": "passkey"},
-    lengths=(128, 256, 512, 1024),
+    task={"name": "passkey", "min_length": 32, "max_length": 32, "n_symbols": 16, "n_key": 3},
+    lengths=(32, 64, 256, 1024),
     mixers=TWO_HEADS,
     d_model=(48,),
     n_layers=2,
-    steps=400,
-    batch_size=32,
+    steps=600,
     examples=100,
 )
 
+PUBLISHED_NEEDLE = replace(
+    PASSKEY,
+    task={"name": "needle"},
+    lengths=(128, 256, 512, 1024),
+    mixers={"any": {"n_heads": 4}},
+    d_model=(256,),
+    n_layers=4,
+    steps=20_000,
+    batch_size=32,
+    lr=(1e-3,),
+)
+
 NEEDLE = replace(
-    PASSKEY, task={"name": "needle", "n_symbols": 256}, lengths=(128, 256), usual=False
+    PASSKEY,
+    task={"name": "needle", "min_length": 32, "max_length": 32, "n_symbols": 128},
+    lengths=(32, 64),
+    usual=False,
 )
 
 LONG_CONTEXT = Suite(
@@ -295,25 +309,21 @@ LONG_CONTEXT = Suite(
         ),
     },
     paper={
-        "passkey": replace(PASSKEY, d_model=(256,), n_layers=4, steps=20_000, lr=(1e-3,)),
+        "passkey": replace(PUBLISHED_NEEDLE, task={"name": "passkey"}),
         **{
             f"needle_{kind}": replace(
-                PASSKEY,
-                task={"name": "needle", "kind": kind, "n_needles": count},
-                d_model=(256,),
-                n_layers=4,
-                steps=20_000,
-                lr=(1e-3,),
+                PUBLISHED_NEEDLE, task={"name": "needle", "kind": kind, "n_needles": count}
             )
             for kind, count in {
                 "single": 1, "multi": 4, "conditional": 4, "forward": 4, "backward": 4,
             }.items()
         },
         "selective_copying": replace(
-            PASSKEY,
+            PUBLISHED_NEEDLE,
             task={"name": "selective_copying"},
             lengths=(4096,),
             d_model=(64,),
+            n_layers=2,
             steps=400_000,
             batch_size=64,
             lr=(1e-4,),
