@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = ["Probe", "Settings", "Size", "Suite"]
@@ -52,6 +52,10 @@ class Probe:
     examples: int = 200
     precision: str = "32-true"
     usual: bool = True
+
+    def on(self, changes: Mapping[str, Any], **settings: Any) -> Probe:
+        """Return this probe with other settings of its task, and of its own."""
+        return replace(self, task={**self.task, **changes}, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)

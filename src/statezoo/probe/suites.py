@@ -86,11 +86,6 @@ PUBLISHED_ARITHMETIC = replace(
     weight_decay=0.1,
 )
 
-
-def _words(base: Probe, group: str, **changes: Any) -> Probe:
-    return replace(base, task={**base.task, "group": group}, **changes)
-
-
 QUICK_PARITY = Probe(
     task={"name": "parity", "max_length": 12},
     lengths=(12, 20, 64, 128),
@@ -114,22 +109,19 @@ STATE_TRACKING = Suite(
         "modular_brackets": replace(
             QUICK_PARITY, task={"name": "modular_brackets", "max_length": 9}, lengths=(9, 19, 39)
         ),
-        "Z2": _words(WORDS, "Z2"),
-        "Z3": _words(WORDS, "Z3", usual=False),
-        "S3": _words(WORDS, "S3"),
-        "S4": _words(SHORT_WORDS, "S4"),
-        "A5": _words(SHORT_WORDS, "A5", d_model=(128,)),
-        "S5": _words(SHORT_WORDS, "S5", d_model=(128,)),
+        "Z2": WORDS.on({"group": "Z2"}),
+        "Z3": WORDS.on({"group": "Z3"}, usual=False),
+        "S3": WORDS.on({"group": "S3"}),
+        "S4": SHORT_WORDS.on({"group": "S4"}),
+        "A5": SHORT_WORDS.on({"group": "A5"}, d_model=(128,)),
+        "S5": SHORT_WORDS.on({"group": "S5"}, d_model=(128,)),
     },
     paper={
         "parity": PUBLISHED_PARITY,
         "modular_arithmetic": PUBLISHED_ARITHMETIC,
         "modular_brackets": replace(PUBLISHED_ARITHMETIC, task={"name": "modular_brackets"}),
-        **{group: _words(PUBLISHED_WORDS, group) for group in ("Z2", "S3", "S4", "A5", "S5")},
-        "S5_transpositions": replace(
-            PUBLISHED_WORDS,
-            task={**PUBLISHED_WORDS.task, "group": "S5", "elements": "transpositions"},
-        ),
+        **{group: PUBLISHED_WORDS.on({"group": group}) for group in ("Z2", "S3", "S4", "A5", "S5")},
+        "S5_transpositions": PUBLISHED_WORDS.on({"group": "S5", "elements": "transpositions"}),
     },
 )
 
@@ -156,8 +148,8 @@ PAIRS = Probe(
 
 
 def _pairs(base: Probe, length: int, n_pairs: int, **changes: Any) -> Probe:
-    task = {**base.task, "min_length": length, "max_length": length, "n_pairs": n_pairs}
-    return replace(base, task=task, lengths=(length,), **changes)
+    shape = {"min_length": length, "max_length": length, "n_pairs": n_pairs}
+    return base.on(shape, lengths=(length,), **changes)
 
 
 PUBLISHED_PAIRS = Probe(
@@ -295,9 +287,7 @@ LONG_CONTEXT = Suite(
     quick={
         "passkey": PASSKEY,
         "needle_single": NEEDLE,
-        "needle_forward": replace(
-            NEEDLE, task={**NEEDLE.task, "kind": "forward", "n_needles": 3}
-        ),
+        "needle_forward": NEEDLE.on({"kind": "forward", "n_needles": 3}),
         "selective_copying": replace(
             PASSKEY,
             task={
@@ -369,9 +359,7 @@ ALGORITHMIC = Suite(
             SUCCESSOR, task={"name": "tree_traversal", "max_length": 5}, lengths=(5, 8)
         ),
         "inverse_permutation": PERMUTATION,
-        "inverse_permutation_bare": replace(
-            PERMUTATION, task={**PERMUTATION.task, "scratch": False}
-        ),
+        "inverse_permutation_bare": PERMUTATION.on({"scratch": False}),
         "multiplication": replace(
             SUCCESSOR,
             task={"name": "multiplication", "min_length": 2, "max_length": 2},
