@@ -282,7 +282,7 @@ NEEDLE = replace(
 )
 
 LONG_CONTEXT = Suite(
-    about="facts among noise, found again up to eight times further back than in training",
+    about="facts among noise, found again much further back than in training",
     models="transformer,hybrid,gla,mamba2,deltanet,gated_deltanet",
     quick={
         "passkey": PASSKEY,
