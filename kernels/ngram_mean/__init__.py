@@ -48,6 +48,11 @@ def ngram_mean(
     Raises:
         ValueError: If shapes disagree or a size is out of range.
 
+    Example:
+        >>> h, ids = torch.arange(5.0).view(1, 5, 1), torch.tensor([[7, 8, 7, 8, 7]])
+        >>> ngram_mean(h, ids, orders=[1, 2])[0, -1]  # 7 was followed at 1 and 3, 8 7 at 3
+        tensor([2., 3.])
+
     Source: Akyuerek et al., In-Context Language Learning, arXiv:2401.12973, n-gram heads.
     """
     T = h.shape[1] if queries is None else queries
