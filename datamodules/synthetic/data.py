@@ -56,8 +56,8 @@ LIMIT = 2**32
 class Problems:
     """Problems of a task, by number, as batches; what ``SeekableLoader`` reads.
 
-    Shorter problems are padded on the right, where nothing is scored, so that a causal model needs no
-    mask. Each problem is made when it is asked for.
+    Shorter problems are padded on the right, where nothing is scored: a causal model needs no mask.
+    Each problem is made when it is asked for.
 
     Args:
         task: The task.
