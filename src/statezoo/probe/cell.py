@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from statezoo.quiet import quiet
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from statezoo.datamodules import Synthetic
     from statezoo.lightning_modules import CausalLM
 
-__all__ = ["Cell", "build", "one_thread", "run_cell"]
+__all__ = ["Cell", "begin_worker", "build", "run_cell"]
 
 LONG = 2000
 """Cells of more steps keep checkpoints, and go on from them."""
@@ -111,11 +114,18 @@ def build(cell: Cell) -> tuple[CausalLM, Synthetic]:
     return module, data
 
 
-def one_thread() -> None:
-    """Let this process, one of several, use one thread."""
+def begin_worker() -> None:
+    """Let this process, one of several, use one thread, and end with the one that started it."""
     import torch
 
     torch.set_num_threads(1)
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def run_cell(cell: Cell, folder: Path, device: str = "cpu") -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from statezoo.parser import nearest
 from statezoo.probe.base import Probe, Size, Suite
-from statezoo.probe.cell import Cell, build, one_thread, run_cell
+from statezoo.probe.cell import Cell, begin_worker, build, run_cell
 from statezoo.probe.models import Model, parse_models, placed
 from statezoo.probe.suites import SUITES
 
@@ -185,7 +185,7 @@ def _found(
     if min(jobs, len(cells)) <= 1:
         yield from ((cell, run_cell(cell, folder, device)) for cell in cells)
         return
-    with ProcessPoolExecutor(jobs, get_context("spawn"), one_thread) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
         waits = {pool.submit(run_cell, cell, folder, device): cell for cell in cells}
         try:
             for future in as_completed(waits):
