@@ -402,6 +402,27 @@ def test_a_row_has_a_width_only_where_a_task_has_several():
     assert "| `gla` | 64 | not run | 1.00 at 8, 0.40 / 0.40 (fail: agrees) |" in two
 
 
+@pytest.mark.slow
+def test_ctrl_c_ends_all_at_once_and_keeps_what_is_finished(tmp_path):
+    given = [*tiny(tmp_path, seeds=2, models="gla"), "--jobs", "2", "--steps", "100000"]
+    command = [sys.executable, "-m", "statezoo", *given]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, start_new_session=True
+    ) as run:
+        folder = tmp_path / "t.cells"
+        deadline = time.monotonic() + 120
+        while not any(folder.glob("*/*.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        began = time.monotonic()
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        said = run.communicate(timeout=60)[1]
+    assert run.returncode == 130
+    assert "stopped with 0 of 2 cells: the same command goes on" in said
+    assert "Traceback" not in said
+    assert time.monotonic() - began < 30
+    assert any(folder.glob("*/last.ckpt"))
+
+
 WORKER = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor

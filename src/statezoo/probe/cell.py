@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import time
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -115,9 +116,10 @@ def build(cell: Cell) -> tuple[CausalLM, Synthetic]:
 
 
 def begin_worker() -> None:
-    """Let this process, one of several, use one thread, and end with the one that started it."""
+    """Let this process, one of several, use one thread, and end with and by the one above."""
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     Thread(target=_end_with_parent, daemon=True).start()
 
