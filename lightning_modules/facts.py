@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["FACTS_FILE", "TrainingFacts", "machine", "threads"]
+__all__ = ["FACTS_FILE", "TrainingFacts", "cores", "machine", "threads"]
 
 FACTS_FILE = "train.json"
 
@@ -22,14 +22,20 @@ def machine() -> str:
     """Name what this process can compute on: its graphics card, else its processor."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} {torch.cuda.get_device_name()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     name = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.is_file():
         lines = information.read_text(errors="replace").splitlines()
         models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = models[0] if models else name
-    return f"{cores} CPU core{'s' if cores != 1 else ''}, {name}"
+    return f"{cores()} CPU core{'s' if cores() != 1 else ''}, {name}"
+
+
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def threads(number: int) -> str:

@@ -16,21 +16,11 @@ from statezoo.datamodules.tokenizers import Bytes
 from statezoo.evaluation import knn, scoring
 from statezoo.evaluation.knn import KNN, Datastore, Near, mix, tune
 from statezoo.main import main
+from tests.test_score import MIXERS, saved
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-MIXERS = ["gla", {"name": "attention", "n_heads": 2}, {"name": "mamba2", "head_dim": 8}]
 CORPUS = ["one sea, two seas and a calm sea; ", "two calm days of one voyage on the sea. "]
 TEXTS = ["two seas", "a calm day", "z"]
-
-
-def saved(folder, tokenizer, mixers=MIXERS, kind=zoo.StateZooForCausalLM, **settings):
-    """A small random net with its tokenizer, as ``statezoo export`` writes it."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": tokenizer.vocab_size, "d_model": 16, "initializer_range": 0.3}
-    net = kind(zoo.StateZooConfig(mixers=mixers, n_layers=len(mixers), **sizes, **settings))
-    net.save_pretrained(folder)
-    tokenizer.save(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -308,10 +298,6 @@ def test_lowers_the_surprise_of_a_shipped_model_by_tuned_settings(tmp_path):
     """Trained on novels, read on every other topic of Python's reference, asked on the others."""
     from pydoc_data.topics import topics
 
-    from statezoo import shipped
-
-    if not (shipped.root() / "gla-novels" / "model.safetensors").is_file():
-        pytest.skip("the weights of gla-novels are not here")
     parts = [list(dict.fromkeys(topics[x].split("\n\n"))) for x in sorted(topics)]
     corpus = "\n\n".join(x for part in parts[:12:2] for x in part)[:20_000]
     seen = set(corpus.split("\n\n"))

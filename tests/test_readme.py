@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from statezoo.main import main
+from statezoo.zoo import MIXERS
 
 # Lightning calls names that jsonargparse has deprecated
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -119,6 +120,13 @@ def test_make_targets_exist():
 @pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
 def test_every_python_example_runs(code, folder):
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_every_architecture_is_in_the_table():
+    for mixer in MIXERS.values():
+        name = "Transformer" if mixer.name == "attention" else mixer.__name__
+        if mixer.__module__.startswith("statezoo."):
+            assert re.search(rf"^\|.*`{name}`.*\|", README, flags=re.MULTILINE), name
 
 
 def test_links_lead_somewhere():

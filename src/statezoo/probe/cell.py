@@ -194,11 +194,9 @@ def _train(
             devices=1,
             precision=cell.precision,  # type: ignore[arg-type]
             max_steps=cell.steps,
-            max_epochs=-1,
-            gradient_clip_val=None,
             limit_val_batches=0,
             logger=False,
-            enable_checkpointing=bool(callbacks[1:]),
+            enable_checkpointing=cell.steps > LONG,
             callbacks=callbacks,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -1,4 +1,4 @@
-"""The ``statezoo probe`` commands; they import torch only where they need it."""
+"""``statezoo probe sampler``; torch is imported only where it is needed."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,10 @@ def measure(net: Any, data: Synthetic, split: str) -> dict[int, dict[str, Any]]:
     was = net.training
     net.eval()
     try:
-        return {length: _measure(net, data, split, length) for length in data.test_lengths}
+        return {
+            length: {"chance": data.task.chance(length), **_measure(net, data, split, length)}
+            for length in data.test_lengths
+        }
     finally:
         net.train(was)
 
@@ -93,7 +97,6 @@ def _measure(
     found: dict[str, Any] = {
         "problems": len(right),
         "scored": len(scored),
-        "chance": data.task.chance(length),
         "tokens": float(scored.mean()),
         "sequences": float(np.mean([x.all() for x in right])),
         "legal": float(np.concatenate(legal).mean()),
@@ -106,14 +109,16 @@ def _measure(
     return found
 
 
-def _batches(data: Synthetic, split: str, length: int) -> Any:
+def _batches(data: Synthetic, split: str, length: int) -> Iterator[list[Example]]:
     """Yield problems of a length, together about ``TOKENS`` tokens."""
     batch: list[Example] = []
+    size = 0
     for index in range(data.examples[split]):
         batch.append(data.task.example(data.seed, split, index, length))
-        if sum(len(one.tokens) for one in batch) >= TOKENS:
+        size += len(batch[-1].tokens)
+        if size >= TOKENS:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 

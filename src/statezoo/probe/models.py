@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml  # type: ignore[import-untyped,unused-ignore]
+
+from statezoo.probe.base import Settings
 
 __all__ = ["ALIASES", "Model", "parse_models", "placed"]
 
@@ -57,7 +59,7 @@ def _mixer(text: str) -> dict[str, Any]:
     }
 
 
-def placed(model: Model, settings: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def placed(model: Model, settings: Settings) -> list[dict[str, Any]]:
     """Return the mixers of a model with the settings that a probe gives, where it gave none.
 
     Args:

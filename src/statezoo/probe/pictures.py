@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,13 @@ def draw_curves(path: Path, entries: Sequence[Entry]) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[Entry]] = {}
-    for entry in entries:
-        if len(_curve(entry.results[0])) > 1:
-            panels.setdefault(entry.probe, []).append(entry)
-    if not panels:
+    drawn = [entry for entry in entries if len(_curve(entry.results[0])) > 1]
+    if not drawn:
         return False
-    figure = Figure(figsize=(5.2 * len(panels) + 2.4, 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    panels, save = _panels(drawn, "best seed, mean dotted")
     names = list(dict.fromkeys((entry.model, entry.d_model) for entry in entries))
     several = len({width for _, width in names}) > 1
-    for axis, (probe, found) in zip(axes, panels.items(), strict=True):
+    for axis, probe, found in panels:
         for entry in found:
             number = names.index((entry.model, entry.d_model))
             curves = [_curve(one) for one in entry.results]
@@ -51,11 +45,29 @@ def draw_curves(path: Path, entries: Sequence[Entry]) -> bool:
             axis.axvline(trained, color="0.8", linewidth=0.8, zorder=0)
         of = "token" if _cumulative(found[0].results[0]) else "length"
         axis.set(title=f"{probe}: {cell['measure']}", xlabel=of, ylim=(-0.05, 1.05), xscale="log")
-    axes[0].set_ylabel("best seed, mean dotted")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    figure.savefig(path, dpi=120)
+    save(path)
     return True
+
+
+def _panels(
+    entries: Sequence[Entry], label: str
+) -> tuple[list[tuple[Any, str, list[Entry]]], Callable[[Path], None]]:
+    """Return an axis, its task and what is drawn there for each task, and what saves them."""
+    from matplotlib.figure import Figure
+
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        found.setdefault(entry.probe, []).append(entry)
+    figure = Figure(figsize=(5.4 * len(found) + 2.2, 4.1), layout="constrained")
+    axes = figure.subplots(1, len(found), squeeze=False)[0]
+    axes[0].set_ylabel(label)
+
+    def save(path: Path) -> None:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right upper", fontsize=7)
+        figure.savefig(path, dpi=120)
+
+    return [(axis, *part) for axis, part in zip(axes, found.items(), strict=True)], save
 
 
 def _cumulative(result: Result) -> list[float]:
@@ -74,15 +86,9 @@ def _curve(result: Result) -> dict[int, float]:
 
 def draw_frontier(path: Path, entries: Sequence[Entry]) -> None:
     """Draw the best value against bytes of state after the longest problem of training."""
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[Entry]] = {}
-    for entry in entries:
-        panels.setdefault(entry.probe, []).append(entry)
-    figure = Figure(figsize=(5.6 * len(panels) + 2, 4.2), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    panels, save = _panels(entries, "accuracy above chance, best of the seeds")
     models = list(dict.fromkeys(entry.model for entry in entries))
-    for axis, (probe, found) in zip(axes, panels.items(), strict=True):
+    for axis, probe, found in panels:
         for number, model in enumerate(models):
             points = sorted(
                 (e.results[0]["state_bytes"], e.best) for e in found if e.model == model
@@ -99,7 +105,4 @@ def draw_frontier(path: Path, entries: Sequence[Entry]) -> None:
                 steps.append((entry.results[0]["state_bytes"], best))
         axis.step(*zip(*steps, strict=True), where="post", color="0.7", linestyle="--", zorder=0)
         axis.set(title=probe, xlabel="bytes of state a sequence", ylim=(-0.05, 1.05), xscale="log")
-    axes[0].set_ylabel("accuracy above chance, best of the seeds")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=7)
-    figure.savefig(path, dpi=120)
+    save(path)

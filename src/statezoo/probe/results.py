@@ -105,16 +105,15 @@ def markdown(entries: Sequence[Entry], title: str, notes: Sequence[str]) -> str:
         cells = [_cell(found.get(probe)) for probe in probes]
         lines.append(_row([f"`{model}`", *([str(width)] if several else []), *cells]))
     judged = [entry for entry in entries if entry.agrees is not None]
-    wrong = [entry for entry in judged if not entry.agrees]
+    wrong = [(entry, entry.expected) for entry in judged if entry.expected and not entry.agrees]
     lines += ["", *(f"{note}\n" for note in notes)]
     lines.append(f"{len(judged) - len(wrong)} of {len(judged)} published cells agree.")
-    for entry in wrong:
-        hoped = entry.expected
+    for entry, hoped in wrong:
         lines.append(
             f"- differs: `{entry.model}` on {entry.probe}"
             f"{f' with width {entry.d_model}' if several else ''}: best {entry.best:.2f}, "
-            f"published {hoped.text} ({hoped.source})" if hoped else ""
-        )  # fmt: skip
+            f"published {hoped.text} ({hoped.source})"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,10 +69,11 @@ def run(
     missing = [cell for cell in cells if not (folder / f"{cell.name}.json").is_file()]
     if len(missing) < len(cells):
         sys.stderr.write(f"{len(cells) - len(missing)} of {len(cells)} cells are in {folder}\n")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    from statezoo.lightning_modules.facts import cores
+
     stopped = False
     try:
-        _run_all(missing, folder, device, jobs or (cores or 1 if device == "cpu" else 1))
+        _run_all(missing, folder, device, jobs or (cores() if device == "cpu" else 1))
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the one into the other
         stopped = True
     files = [folder / f"{cell.name}.json" for cell in cells]
